@@ -1,0 +1,124 @@
+"""Finetuning of the key and value projections alone, as Dai et al. do it.
+
+The original code runs plain SGD with batch size 1: one pass over the
+demonstrations in the order of the prompt, constant learning rate, no momentum,
+weight decay or clipping, dropout off. Only the key and value projections of
+every layer move, weights and biases.
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+
+def kv_projections(model):
+    """The part of each parameter that makes keys or values.
+
+    Returns:
+        ``{parameter name: part}``, where ``part(tensor)`` is the view of a
+        tensor of the parameter's shape that belongs to K or V. GPT-2 and
+        GPT-NeoX hold q, k and v in one matrix; the others keep ``k_proj`` and
+        ``v_proj`` apart.
+
+    Raises:
+        ValueError: the architecture is none of those covered.
+    """
+    heads = getattr(model.config, "num_attention_heads", None)
+    parts = {}
+    for name, _ in model.named_parameters():
+        if "k_proj." in name or "v_proj." in name:
+            parts[name] = lambda t: t
+        elif ".attn.c_attn." in name:  # GPT-2: columns q | k | v
+            parts[name] = lambda t: t[..., t.shape[-1] // 3 :]
+        elif ".attention.query_key_value." in name:  # GPT-NeoX: q, k, v per head
+            parts[name] = lambda t: t.unflatten(0, (heads, 3, -1))[:, 1:]
+    if not parts:
+        raise ValueError(
+            f"no key and value projections found in {type(model).__name__}; covered "
+            "are gpt2, opt, xglm, gpt_neox, llama and qwen"
+        )
+    return parts
+
+
+def kv_sgd(model, tokenizer, texts, learning_rate):
+    """One pass of SGD over ``texts`` on the key and value projections.
+
+    The loss is the next-token cross-entropy averaged over all tokens of a text
+    but its first (Dai et al. 2023, as their code computes it). The model is
+    left as it was.
+
+    Args:
+        model: from :func:`icl.models.load_model`.
+        tokenizer: its tokenizer; texts are encoded without added tokens.
+        texts: training texts in order, each one step.
+        learning_rate: the step size, constant.
+
+    Returns:
+        ``(update, losses)``: ``{parameter name: ΔW}`` on the views of
+        :func:`kv_projections`, to be used with :func:`updated`, and the loss
+        of each text before its own step.
+
+    Raises:
+        ValueError: no texts, or a learning rate that is not positive.
+        FloatingPointError: the loss is no longer finite; the message says at
+            which step.
+    """
+    if not texts or not learning_rate > 0:
+        raise ValueError(
+            f"finetuning needs texts and a positive learning rate; given were "
+            f"{len(texts)} texts and learning rate {learning_rate!r}"
+        )
+    parts = kv_projections(model)
+    weights = {name: model.get_parameter(name) for name in parts}
+    before = {name: w.detach().clone() for name, w in weights.items()}
+    losses = []
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        for step, text in enumerate(texts, 1):
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+            ids = ids["input_ids"].to(model.device)
+            logits = model(ids, use_cache=False).logits[0, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+            losses.append(loss.item())
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"finetuning diverged: the loss at step {step} of {len(texts)} is "
+                    f"{losses[-1]} with learning rate {learning_rate}"
+                )
+            gradients = torch.autograd.grad(loss, list(weights.values()))
+            with torch.no_grad():
+                for (name, weight), grad in zip(
+                    weights.items(), gradients, strict=True
+                ):
+                    part = parts[name]
+                    part(weight).sub_(learning_rate * part(grad))
+        update = {
+            name: part(weights[name].detach()) - part(before[name])
+            for name, part in parts.items()
+        }
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.requires_grad_(False).copy_(before[name])
+    return update, losses
+
+
+@contextmanager
+def updated(model, update):
+    """The model with ``update`` added to its weights, inside a ``with`` block.
+
+    On leaving the block the weights are again what they were, bit for bit.
+    """
+    parts = kv_projections(model)
+    views = {name: parts[name](model.get_parameter(name)) for name in update}
+    before = {name: view.detach().clone() for name, view in views.items()}
+    with torch.no_grad():
+        for name, view in views.items():
+            view.add_(update[name])
+    try:
+        yield model
+    finally:
+        with torch.no_grad():
+            for name, view in views.items():
+                view.copy_(before[name])

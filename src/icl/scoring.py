@@ -1,0 +1,167 @@
+"""Scoring label words behind shared demonstrations, no token computed twice.
+
+The demonstrations are one prefix that every query shares. Its keys and values
+are computed once; the queries follow it packed side by side in one row, each
+at the positions it would have alone, under a mask that lets a query see the
+prefix and itself. Where a label word has several tokens, the labels branch off
+their query in the same row.
+"""
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+PACK_TOKENS = 768  # tokens in a row of queries: attention grows with its square
+
+
+@torch.inference_mode()
+def score(model, tokenizer, queries, label_words, demonstrations=""):
+    """Mean log-probability of each label word after each query.
+
+    Args:
+        model: a causal language model from :func:`icl.models.load_model`.
+        tokenizer: its tokenizer.
+        queries: N prompts, each ending where its label word would follow.
+        label_words: C bare words; ``" " + word`` is scored, as the mean over
+            its tokens of the log-probability over the full vocabulary
+            (Dai et al. 2023, as their code does it).
+        demonstrations: text that stands before every query
+            (:func:`icl.tasks.prompt_prefix`). It is encoded by itself, without
+            tokens that the tokenizer would add.
+
+    Returns:
+        array ``(N, C)``; the prediction is its ``argmax(axis=1)``.
+
+    Raises:
+        ValueError: no queries or labels, an empty one, two label words with
+            the same first token, or a prompt that the context does not hold.
+        FloatingPointError: the model's output is not finite.
+    """
+    prefix, queries, labels = _encode(tokenizer, queries, label_words, demonstrations)
+    _check_length(model, prefix, queries, labels)
+    keys_values = _encode_prefix(model, prefix)
+    scores = np.empty((len(queries), len(labels)))
+    for pack in _packs(queries, labels):
+        for n, branch, row in _run_pack(model, keys_values, prefix, pack, labels):
+            scores[n, branch] = row
+    if not np.isfinite(scores).all():
+        bad = int((~np.isfinite(scores)).any(axis=1).sum())
+        raise FloatingPointError(
+            f"the log-probabilities of {bad} of {len(queries)} queries are not "
+            f"finite: the {model.dtype} weights of {model.config.model_type} overflow "
+            "or have diverged; load them as float32, or lower the learning rate"
+        )
+    return scores
+
+
+def _encode(tokenizer, queries, label_words, demonstrations):
+    if isinstance(queries, str) or not len(queries) or not len(label_words):
+        raise ValueError("score needs a list of queries and a list of label words")
+    for n, query in enumerate(queries):
+        if not query.strip():
+            raise ValueError(f"query {n} is empty")
+
+    def encode(texts):
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    labels = encode([" " + word for word in label_words])
+    first = {}
+    for word, ids in zip(label_words, labels, strict=True):
+        if not word.strip() or not ids:
+            raise ValueError(f"label word {word!r} is empty")
+        if ids[0] in first:
+            raise ValueError(
+                f"label words {first[ids[0]]!r} and {word!r} begin with the same "
+                f"token ({tokenizer.decode(ids[:1])!r}) in this tokenizer; choose "
+                "words that differ in their first token"
+            )
+        first[ids[0]] = word
+    prefix = encode([demonstrations])[0] if demonstrations else []
+    return prefix, encode(list(queries)), labels
+
+
+def _check_length(model, prefix, queries, labels):
+    config = model.config
+    windows = [getattr(config, "max_position_embeddings", None)]
+    if getattr(config, "use_sliding_window", True):
+        windows.append(getattr(config, "sliding_window", None))
+    context = min((w for w in windows if w), default=None)
+    longest = max(map(len, queries)) + max(map(len, labels)) - 1
+    if context is not None and len(prefix) + longest > context:
+        raise ValueError(
+            f"the prompt is too long: {len(prefix)} tokens of demonstrations and "
+            f"{longest} of the longest query with its label, but the model holds "
+            f"{context}; give fewer demonstrations (prompt_prefix(..., "
+            "context=...) says how many fit)"
+        )
+
+
+def _encode_prefix(model, prefix):
+    """Keys and values of the prefix, a pair ``(1, heads, P, d)`` a layer."""
+    if not prefix:
+        return []
+    cache = DynamicCache(config=model.config)
+    ids = torch.tensor([prefix], device=model.device)
+    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _packs(queries, labels):
+    """Lists of ``(n, ids)``, queries of like length together."""
+    branches = sum(len(ids) - 1 for ids in labels)
+    pack, used = [], 0
+    for n in sorted(range(len(queries)), key=lambda n: len(queries[n])):
+        size = len(queries[n]) + branches
+        if pack and used + size > PACK_TOKENS:
+            yield pack
+            pack, used = [], 0
+        pack.append((n, queries[n]))
+        used += size
+    yield pack
+
+
+def _run_pack(model, keys_values, prefix, pack, labels):
+    """Yields ``(n, label, score)``: one forward pass over a row of queries."""
+    ids, positions, query_of, branch_of = [], [], [], []
+    trunk, stops = -1, []  # stops: rows of logits to keep
+    slots = []  # per query: (row of its last token, rows of each branch)
+    for n, query in pack:
+        ids += query
+        positions += range(len(prefix), len(prefix) + len(query))
+        query_of += [n] * len(query)
+        branch_of += [trunk] * len(query)
+        stops.append(len(ids) - 1)
+        slots.append((len(stops) - 1, []))
+        for branch, label in enumerate(labels):
+            inner = label[:-1]
+            start = len(prefix) + len(query)
+            slots[-1][1].append(range(len(stops), len(stops) + len(inner)))
+            stops += range(len(ids), len(ids) + len(inner))
+            ids += inner
+            positions += range(start, start + len(inner))
+            query_of += [n] * len(inner)
+            branch_of += [branch] * len(inner)
+    device = model.device
+    query_of, branch_of = torch.tensor(query_of), torch.tensor(branch_of)
+    order = torch.arange(len(ids))
+    sees = (query_of[:, None] == query_of) & (order[:, None] >= order)
+    sees &= (branch_of == trunk) | (branch_of[:, None] == branch_of)
+    mask = torch.zeros(len(ids), len(prefix) + len(ids), dtype=model.dtype)
+    mask[:, len(prefix) :].masked_fill_(~sees, torch.finfo(model.dtype).min)
+    cache = DynamicCache(config=model.config)
+    for layer, (keys, values) in enumerate(keys_values):
+        cache.update(keys, values, layer)
+    logits = model(
+        torch.tensor([ids], device=device),
+        attention_mask=mask[None, None].to(device),
+        position_ids=torch.tensor([positions], device=device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=torch.tensor(stops, device=device),
+    ).logits[0]
+    exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    log_p = torch.log_softmax(logits.to(exact), dim=-1).cpu().numpy()
+    for (n, _), (last, branches) in zip(pack, slots, strict=True):
+        for branch, (label, rows) in enumerate(zip(labels, branches, strict=True)):
+            steps = log_p[[last, *rows], label]
+            yield n, branch, steps.mean()

@@ -1,0 +1,99 @@
+"""Fixtures: tiny random models of the six families, and text to score."""
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+WORDS = (
+    "<s> </s> [UNK] the a film was good bad dull bright story and but not very "
+    "plot actors boring moving Review : Sentiment Positive Negative Neither True "
+    "Type subjective objective so is of . ,"
+).split()
+
+TINY = {
+    "gpt2": dict(n_embd=32, n_layer=3, n_head=4, n_positions=256),
+    "opt": dict(
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        word_embed_proj_dim=32,
+    ),
+    "xglm": dict(
+        d_model=32,
+        ffn_dim=64,
+        num_layers=3,
+        attention_heads=4,
+        max_position_embeddings=256,
+    ),
+    "gpt_neox": dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+    ),
+    "llama": dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    ),
+    "qwen3": dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+    ),
+}
+
+
+def word_tokenizer():
+    """A tokenizer in which "Neither" has three tokens and most words one."""
+    vocabulary = {word: i for i, word in enumerate([*WORDS, "Un", "clear", "ly"])}
+    model = models.WordPiece(
+        vocabulary, unk_token="[UNK]", continuing_subword_prefix=""
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        unk_token="[UNK]",
+    )
+
+
+def tiny_model(family, **changes):
+    """A random model of a family, large enough weights to tell tokens apart."""
+    torch.manual_seed(0)
+    options = TINY[family] | dict(
+        vocab_size=len(WORDS) + 3, bos_token_id=0, eos_token_id=1, pad_token_id=1
+    )
+    config = transformers.AutoConfig.for_model(family, **(options | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture(scope="session", params=list(TINY))
+def model(request):
+    return tiny_model(request.param)

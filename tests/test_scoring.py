@@ -1,0 +1,108 @@
+"""The packed scorer against each prompt scored by itself."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+
+from icl import scoring
+from icl.scoring import score
+
+PREFIX = (
+    "<s> Review : the film was good Positive </s> Review : dull story Negative </s>"
+)
+QUERIES = [
+    "Review : a moving plot and bright actors Sentiment :",
+    "Review : boring Sentiment :",
+    "Review : the plot was not very good , but the actors is so . Sentiment :",
+    "Review : dull , dull , dull Sentiment :",
+]
+LABELS = ["Positive", "Negative", "Unclearly"]  # the last has three tokens
+
+
+@torch.inference_mode()
+def one_by_one(model, tokenizer, queries, label_words, demonstrations):
+    """Every full prompt with every label, alone, without cache or mask."""
+    scores = np.empty((len(queries), len(label_words)))
+    for n, query in enumerate(queries):
+        for c, word in enumerate(label_words):
+            parts = [demonstrations, query, " " + word]
+            ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in parts]
+            row = torch.tensor([sum(ids, [])])
+            log_p = model(row, use_cache=False).logits[0].double().log_softmax(-1)
+            start = row.shape[1] - len(ids[2])
+            steps = [log_p[t - 1, row[0, t]] for t in range(start, row.shape[1])]
+            scores[n, c] = np.mean([s.item() for s in steps])
+    return scores
+
+
+@pytest.mark.parametrize("pack_tokens", [1, 40, 768])
+@pytest.mark.parametrize("prefix", [PREFIX, ""], ids=["demonstrations", "zero-shot"])
+def test_packing_is_exact(model, tokenizer, prefix, pack_tokens, monkeypatch):
+    monkeypatch.setattr(scoring, "PACK_TOKENS", pack_tokens)
+    got = score(model, tokenizer, QUERIES, LABELS, prefix)
+    want = one_by_one(model, tokenizer, QUERIES, LABELS, prefix)
+    assert np.ptp(want, axis=0).min() > 0.01, "the case is too easy: queries tie"
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+
+
+def test_demonstrations_matter(model, tokenizer):
+    with_prefix = score(model, tokenizer, QUERIES, LABELS, PREFIX)
+    without = score(model, tokenizer, QUERIES, LABELS)
+    assert np.abs(with_prefix - without).min() > 1e-3
+
+
+def test_each_token_is_computed_once(tokenizer, monkeypatch):
+    model = tiny_model("llama")
+    seen = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda ids, **k: seen.append(ids.numel()) or forward(ids, **k)
+    )
+    score(model, tokenizer, QUERIES, LABELS, PREFIX)
+
+    def count(text):
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    branch = count(" Unclearly") - 1  # its last token is predicted, not read
+    want = count(PREFIX) + sum(count(q) + branch for q in QUERIES)
+    assert sum(seen) == want
+
+
+def test_label_words_that_collide(tokenizer):
+    with pytest.raises(ValueError, match="'Un' and 'Unclearly' begin with the same"):
+        score(tiny_model("llama"), tokenizer, QUERIES, ["Un", "Unclearly"])
+
+
+@pytest.mark.parametrize(
+    ("queries", "labels", "message"),
+    [
+        (["good", "  "], LABELS, "query 1 is empty"),
+        ([], LABELS, "list of queries"),
+        ("good", LABELS, "list of queries"),
+        (QUERIES, ["Positive", ""], "label word '' is empty"),
+    ],
+)
+def test_empty_input(tokenizer, queries, labels, message):
+    with pytest.raises(ValueError, match=message):
+        score(tiny_model("gpt2"), tokenizer, queries, labels)
+
+
+def test_prompt_longer_than_the_context(tokenizer):
+    long = "the film was good . " * 60
+    with pytest.raises(ValueError, match="too long: 300 tokens .* holds 256"):
+        score(tiny_model("opt"), tokenizer, QUERIES, LABELS, long)
+
+
+def test_sliding_window_shorter_than_the_prompt(tokenizer):
+    model = tiny_model("qwen3", use_sliding_window=True, sliding_window=16)
+    with pytest.raises(ValueError, match="holds 16"):
+        score(model, tokenizer, QUERIES, LABELS, PREFIX)
+
+
+def test_output_that_is_not_finite(tokenizer):
+    model = tiny_model("gpt_neox")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="4 of 4 queries .* float32"):
+        score(model, tokenizer, QUERIES, LABELS)
