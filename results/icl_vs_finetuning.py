@@ -28,7 +28,7 @@ LEARNING_RATES = [m * s / 1e4 for s in (1, 10, 100, 1000) for m in range(1, 10)]
 KEYS = ["model", "task", "separator", "setting", "seed", "learning_rate"]
 
 
-def main(model_name, task_name, separator):
+def main(model_name, task_name, separator, finetune):
     model, tokenizer = load_model(model_name)
     task = load_task(task_name)
     queries = [task.query(example) for example in task.evaluation]
@@ -63,6 +63,8 @@ def main(model_name, task_name, separator):
         )
         for seed in SEEDS
     }
+    if not finetune:
+        return
     best_seed = max(icl, key=icl.get)
     ft = {
         rate: table.run("FT", best_seed, rate, lambda r=rate: finetuned(best_seed, r))
@@ -118,5 +120,6 @@ if __name__ == "__main__":
     parser.add_argument("--model", default=DEFAULT)
     parser.add_argument("--task", default="mr")
     parser.add_argument("--separator", choices=["newline", "eos"], default="newline")
+    parser.add_argument("--icl-only", action="store_true", help="no finetuning")
     options = parser.parse_args()
-    main(options.model, options.task, options.separator)
+    main(options.model, options.task, options.separator, not options.icl_only)

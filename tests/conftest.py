@@ -5,43 +5,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-WORDS = [
-    "<s>",
-    "</s>",
-    "[UNK]",
-    "the",
-    "a",
-    "film",
-    "was",
-    "good",
-    "bad",
-    "dull",
-    "bright",
-    "story",
-    "and",
-    "but",
-    "not",
-    "very",
-    "plot",
-    "actors",
-    "boring",
-    "moving",
-    "Review",
-    ":",
-    "Sentiment",
-    "Positive",
-    "Negative",
-    "Neither",
-    "True",
-    "Type",
-    "subjective",
-    "objective",
-    "so",
-    "is",
-    "of",
-    ".",
-    ",",
-]
+WORDS = (
+    "<s> </s> [UNK] the a film was good bad dull bright story and but not very "
+    "plot actors boring moving Review : Sentiment Positive Negative Neither True "
+    "Type subjective objective so is of . ,"
+).split()
 
 TINY = {
     "gpt2": dict(n_embd=32, n_layer=3, n_head=4, n_positions=256),

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from icl.assets import ASSETS, ask_hub, cache_dir, fetch
@@ -87,7 +88,7 @@ def _from_folder(path: Path, dtype):
         )
     try:
         return _pair(folder, dtype, **options)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(
             f"the model in {folder} cannot be read: {str(error).splitlines()[0]}"
         ) from error

@@ -112,6 +112,8 @@ def _permutation(n, seed):
 
 
 def _problem(example, fields, n_labels):
+    if not isinstance(example, dict):
+        return f"not a JSON object but {example!r}"
     missing = sorted((fields | {"label"}) - set(example))
     if missing:
         return f"no field {missing[0]!r} (it has {', '.join(sorted(example))})"
@@ -288,7 +290,7 @@ def _read_jsonl(path, spec):
             try:
                 example = json.loads(line)
                 problem = _problem(example, fields, len(spec.label_words))
-            except (json.JSONDecodeError, TypeError) as error:
+            except json.JSONDecodeError as error:
                 problem = f"not a JSON object ({error})"
             if problem:
                 raise ValueError(f"{path}, line {number}: {problem}")

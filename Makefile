@@ -1,0 +1,55 @@
+# Commands of the book. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+LOCK := --quiet --disable-pip-version-check --constraint requirements.lock
+NAME ?= 05_icl_and_finetuning
+P ?=
+PORT ?= 8000
+
+.PHONY: help setup book test chapter serve results bench clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(READY): requirements.txt requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("CPython 3.11 or later is needed; $(PYTHON) is %d.%d. Run make PYTHON=python3.x" % v)'
+	@echo "making .venv with the pinned requirements ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@start=$$SECONDS; $(BIN)/pip install $(LOCK) -r requirements.txt --editable . \
+	  && touch $@ && echo ".venv after $$((SECONDS - start)) s"
+
+setup: $(READY)  ## make the environment in .venv
+
+book: $(READY)  ## run every chapter once and build the pages
+	@$(BIN)/python -m icl.runner book
+
+test: $(READY)  ## lint, tests, every chapter at smoke scale, a scan of the pages
+	@start=$$SECONDS; $(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . \
+	  && echo "lint: clean" && $(BIN)/python -m pytest \
+	  && echo "tests after $$((SECONDS - start)) s; smoke-scale pages: _build/smoke/html"
+
+chapter: $(READY)  ## run one: make chapter NAME=05_icl_and_finetuning P="task=mr seed=7"
+	@$(BIN)/python -m icl.runner chapter $(NAME) $(P)
+
+serve: book  ## read the book at http://localhost:8000
+	@echo "http://localhost:$(PORT) (stop with control-C)"
+	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/book/html
+
+results: $(READY)  ## make the tables in results/ again (an hour and a half)
+	@start=$$SECONDS; $(BIN)/python results/icl_vs_finetuning.py --task mr \
+	  && $(BIN)/python results/icl_vs_finetuning.py --task mr --separator eos --icl-only \
+	  && echo "results/icl_vs_finetuning.csv after $$((SECONDS - start)) s"
+
+bench: $(READY)  ## measure the scorer against lm-evaluation-harness
+	@echo "installing the benchmark's own requirements ..."
+	@$(BIN)/pip install $(LOCK) -r benchmarks/requirements.txt
+	@start=$$SECONDS; $(BIN)/python benchmarks/scoring.py \
+	  && echo "benchmark after $$((SECONDS - start)) s"
+
+clean:  ## delete what was built (not .venv, not the downloads)
+	@rm -rf _build .pytest_cache .ruff_cache .hypothesis && echo "deleted _build and caches"

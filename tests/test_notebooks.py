@@ -1,0 +1,113 @@
+"""What the sources of the chapters must be, before any of them runs."""
+
+import re
+import statistics
+
+import nbformat
+import pytest
+
+from icl import tasks
+from icl.chapter import SCALES
+from icl.results import ROOT
+from icl.runner import chapter_path, chapters, read_parameters
+
+NAMES = chapters()
+PAGES = sorted((ROOT / "book").glob("*.md")) + [chapter_path(n) for n in NAMES]
+
+
+@pytest.fixture(params=NAMES)
+def book(request):
+    return nbformat.read(chapter_path(request.param), as_version=4)
+
+
+def code(notebook):
+    return [c for c in notebook.cells if c.cell_type == "code"]
+
+
+def prose(notebook):
+    return "\n\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+
+
+def test_every_notebook_is_in_the_table_of_contents():
+    assert {p.stem for p in (ROOT / "book").glob("*.ipynb")} == set(NAMES)
+
+
+def test_no_outputs_are_committed(book):
+    for cell in code(book):
+        assert not cell.outputs
+        assert cell.execution_count is None
+
+
+def test_title_first(book):
+    assert re.match(r"# \S", book.cells[0].source)
+    assert len(re.findall(r"^# ", prose(book), re.M)) == 1
+
+
+def test_skeleton(book):
+    headings = re.findall(r"^## (.*)", prose(book), re.M)
+    for heading in (
+        "Parameters",
+        "Claimed and reproduced",
+        "Where it breaks",
+        "Exercises",
+    ):
+        assert heading in headings
+    assert headings[-1] == "How this page was made"
+    assert "{admonition} The question" in prose(book)
+    assert "What you will take away" in prose(book)
+
+
+def test_parameters(book):
+    parameters = read_parameters(book)
+    assert parameters["scale"].allowed == SCALES
+    assert parameters["scale"].default == "laptop"
+    for parameter in parameters.values():
+        assert len(parameter.help) > 3, f"{parameter.name} has no help"
+    known = {*tasks.PAPER_TASKS, *tasks._KIN}
+    assert set(parameters["task"].allowed) <= known
+
+
+def test_style_limits(book):
+    sizes = [sum(bool(x.strip()) for x in c.source.splitlines()) for c in code(book)]
+    assert statistics.median(sizes) <= 8
+    assert statistics.quantiles(sizes, n=10)[-1] <= 25
+    assert 30 <= len(book.cells) <= 70
+    words = len(prose(book).split()) / sum(sizes)
+    assert 4.5 <= words <= 9.5, f"{words:.1f} words a line of code"
+    for cell in code(book):
+        for line in cell.source.splitlines():
+            assert len(line) <= 78, line
+
+
+def test_every_figure_has_alt_text_and_caption(book):
+    for cell in code(book):
+        if "plt.show()" in cell.source:
+            mystnb = cell.metadata.get("mystnb", {})
+            assert len(mystnb.get("image", {}).get("alt", "")) > 40, cell.source
+            assert mystnb.get("figure", {}).get("caption"), cell.source
+        else:
+            assert "subplots" not in cell.source, "a figure without plt.show()"
+
+
+def test_solutions_are_folded(book):
+    text = prose(book)
+    exercises = re.findall(r"{exercise-start}.*\n:label: (\S+)", text)
+    assert len(exercises) >= 2
+    for label in exercises:
+        assert re.search(rf"{{solution-start}} {label}\n:class: dropdown", text)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_citations_resolve(path):
+    known = re.findall(r"@\w+{(\w+),", (ROOT / "book" / "references.bib").read_text())
+    cited = re.findall(r"{cite:[a-z]+}`([^`]+)`", path.read_text())
+    for key in ",".join(cited).split(","):
+        assert not key or key.strip() in known, f"{key} is not in references.bib"
+
+
+def test_bibliography_has_addresses_and_is_cited():
+    entries = (ROOT / "book" / "references.bib").read_text().split("\n@")
+    pages = "".join(path.read_text() for path in PAGES)
+    for entry in entries:
+        key = re.search(r"\w+{(\w+),", entry)[1]
+        assert re.search(rf"cite:[a-z]+}}`[^`]*{key}", pages), f"{key} is never cited"

@@ -1,0 +1,112 @@
+"""Every chapter at smoke scale, built with warnings as errors, and the pages read."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from bs4 import BeautifulSoup
+
+from icl.results import ROOT
+from icl.runner import build_book, chapters
+
+
+@pytest.fixture(scope="module")
+def html():
+    return build_book("smoke", ROOT / "_build" / "smoke")
+
+
+@pytest.fixture(scope="module")
+def pages(html):
+    return {
+        path: BeautifulSoup(path.read_text(), "html.parser")
+        for path in sorted(html.rglob("*.html"))
+        if "_static" not in path.parts
+    }
+
+
+def test_every_page_is_built(html):
+    for name in [*chapters(), "intro", "notation", "running", "execution"]:
+        assert (html / "book" / f"{name}.html").is_file()
+
+
+def test_nothing_is_loaded_from_elsewhere(html, pages):
+    tags = {"script": "src", "img": "src", "iframe": "src", "source": "src"}
+    for path, page in pages.items():
+        loads = [t.get(a) for tag, a in tags.items() for t in page.find_all(tag)]
+        loads += [
+            t.get("href")
+            for t in page.find_all("link")
+            if t.get("rel") != ["canonical"]
+        ]
+        for address in filter(None, loads):
+            parts = urlsplit(address)
+            assert not parts.scheme or parts.scheme == "data", f"{path}: {address}"
+            assert not parts.netloc, f"{path.name} loads {address}"
+            target = (path.parent / unquote(parts.path)).resolve()
+            assert not parts.path or target.is_file(), f"{path.name}: no {address}"
+    for style in html.rglob("*.css"):
+        assert "@import url(http" not in style.read_text(), style
+
+
+def test_links_inside_the_book_lead_somewhere(html, pages):
+    for path, page in pages.items():
+        for link in page.find_all("a", href=True):
+            parts = urlsplit(link["href"])
+            if parts.scheme or parts.netloc:
+                continue
+            target = (
+                (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            )
+            assert target.exists(), f"{path.name} links to {link['href']}"
+            if parts.fragment and target in pages:
+                anchor = unquote(parts.fragment)
+                found = pages[target].find(id=anchor) or pages[target].find(
+                    attrs={"name": anchor}
+                )
+                assert found, f"{path.name}: no anchor {link['href']}"
+
+
+def test_no_page_shows_an_error_or_a_bar(pages):
+    for path, page in pages.items():
+        text = page.get_text()
+        for sign in ("Traceback (most recent call last)", "it/s]", "Warning:", "✗"):
+            assert sign not in text, f"{path.name} shows {sign!r}"
+        assert not page.select(".stderr"), f"{path.name} shows a stderr stream"
+
+
+def test_every_image_has_alt_text(pages):
+    for path, page in pages.items():
+        for image in page.select("article img"):
+            alt = image.get("alt", "")
+            assert len(alt) > 40, f"{path.name}: {image.get('src')} has alt {alt!r}"
+
+
+def test_headings_are_in_order(pages):
+    for path, page in pages.items():
+        levels = [int(h.name[1]) for h in page.select("article :is(h1,h2,h3,h4)")]
+        steps = [b - a for a, b in pairwise(levels)]
+        assert all(step <= 1 for step in steps), f"{path.name}: {levels}"
+
+
+def test_figures_are_vector(pages):
+    for path, page in pages.items():
+        for image in page.select("article img"):
+            assert image["src"].endswith(".svg"), f"{path.name}: {image['src']}"
+
+
+def test_execution_page_has_every_chapter_from_its_run(html, pages):
+    page = pages[html / "book" / "execution.html"]
+    rows = [[c.get_text() for c in r.find_all("td")] for r in page.select("table tr")]
+    rows = [row for row in rows if row]
+    assert len(rows) == len(chapters())
+    for row, name in zip(rows, chapters(), strict=True):
+        run = json.loads((ROOT / "_build/smoke/runs" / f"{name}.json").read_text())
+        assert row[1:] == ["smoke", f"{run['seconds']:.0f}", f"{run['peak_gb']:.1f}"]
+
+
+def test_mathjax_is_here_and_small(html):
+    assert (html / "mathjax" / "tex-chtml.js").is_file()
+    size = sum(p.stat().st_size for p in Path(html / "mathjax").rglob("*"))
+    assert size < 4e6
