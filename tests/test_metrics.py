@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icl.metrics import Proportion, accuracy, rec2ftp
+from icl.metrics import Proportion, accuracy, mean_interval, rec2ftp
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,15 @@ from icl.metrics import Proportion, accuracy, rec2ftp
 def test_wilson_interval(successes, trials, low, high):
     got = Proportion(successes, trials).interval()
     assert got == pytest.approx((low, high), abs=5e-5)
+
+
+def test_mean_interval():
+    # t with 6 degrees of freedom has its 97.5 % point at 2.446912 (any table)
+    half = 2.446912 * math.sqrt(14 / 3) / math.sqrt(7)
+    got = mean_interval([1, 2, 3, 4, 5, 6, 7])
+    assert got == pytest.approx((4, 4 - half, 4 + half), abs=1e-6)
+    with pytest.raises(ValueError, match="needs two values or more"):
+        mean_interval([1.0])
 
 
 def test_rec2ftp_by_hand():

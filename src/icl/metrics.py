@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 
 
 class Proportion(NamedTuple):
@@ -17,18 +18,16 @@ class Proportion(NamedTuple):
         """The fraction, NaN where there were no trials."""
         return self.successes / self.trials if self.trials else math.nan
 
-    def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson's score interval, by default at 95 % (Wilson 1927).
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Wilson's score interval (Wilson 1927) at a level of confidence.
 
         Unlike the normal interval it stays inside 0..1 and has width where
         every trial succeeded. ``(nan, nan)`` without trials.
         """
-        k, n = self
-        if not n:
+        if not self.trials:
             return math.nan, math.nan
-        centre = (k + z * z / 2) / (n + z * z)
-        half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
-        return max(0.0, centre - half), min(1.0, centre + half)
+        test = scipy.stats.binomtest(self.successes, self.trials)
+        return tuple(test.proportion_ci(confidence, method="wilson"))
 
     def __str__(self):
         if not self.trials:
@@ -41,6 +40,22 @@ def accuracy(correct) -> Proportion:
     """Accuracy from booleans ``(N,)``, one an example."""
     correct = _booleans(correct)
     return Proportion(int(correct.sum()), len(correct))
+
+
+def mean_interval(values, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean of a sample with Student's t interval: ``(mean, low, high)``.
+
+    Args:
+        values: ``(n,)``, ``n`` at least 2; one number a seed, say. For the
+            difference of two methods on the same seeds, give the differences.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError(f"an interval needs two values or more, not {values.shape}")
+    mean = values.mean()
+    spread = values.std(ddof=1) / math.sqrt(len(values))
+    half = scipy.stats.t.ppf((1 + confidence) / 2, len(values) - 1) * spread
+    return float(mean), float(mean - half), float(mean + half)
 
 
 def rec2ftp(zsl, ft, icl) -> Proportion:

@@ -37,7 +37,7 @@ def read_table(name: str) -> tuple[pd.DataFrame, dict]:
         raise ValueError(f"no table {name!r} in {path.parent}; there are: {there}")
     about = path.with_suffix(".json")
     origin = json.loads(about.read_text()) if about.exists() else {}
-    return pd.read_csv(path), origin
+    return pd.read_csv(path, dtype={"predictions": str}), origin
 
 
 def write_table(name: str, rows: list[dict], about: dict) -> Path:
