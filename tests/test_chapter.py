@@ -9,7 +9,7 @@ from icl.chapter import check
 
 
 def test_check_prints_both_sides(capsys):
-    check("two and two", 4.0, 4, 1e-9)
+    assert check("two and two", 4.0, 4, 1e-9) == 0
     check("a tensor", torch.ones(3, dtype=torch.float64) + 1e-12, np.ones(3), 1e-10)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "✓ two and two: expected 4, got 4 (allowed 1e-09)"

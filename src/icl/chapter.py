@@ -13,7 +13,7 @@ import torch
 
 from icl.results import commit
 
-#: Arguments for ``begin`` and the amount of work behind each.
+#: How much to run: seconds for tests, minutes to read along, the papers' protocol.
 SCALES = ("smoke", "laptop", "paper")
 
 #: One colour a role, for the whole book (Okabe & Ito's colour-blind-safe set,
@@ -22,12 +22,8 @@ COLOURS = {
     "ZSL": "#8a8f98",
     "ICL": "#2f8fce",
     "FT": "#e07b1a",
-    "SGD": "#2f8fce",
     "momentum": "#c65fa0",
     "decay": "#1f9e78",
-    "random": "#8a8f98",
-    "negative": "#d55e00",
-    "positive": "#1f9e78",
 }
 
 _opened = {}
@@ -52,7 +48,7 @@ def begin(scale: str, seed: int = 0):
     set_matplotlib_formats("svg", metadata={"Date": None})
 
 
-def check(claim, got, expected=0.0, tolerance=0.0):
+def check(claim, got, expected=0.0, tolerance=0.0) -> float:
     """Print a claim with what was expected and found; fail if they differ.
 
     Args:
@@ -60,6 +56,9 @@ def check(claim, got, expected=0.0, tolerance=0.0):
         got: a number, or an array of them.
         expected: what ``got`` should be (array or number).
         tolerance: the largest allowed absolute difference. 0 asks for equality.
+
+    Returns:
+        the largest absolute difference.
 
     Raises:
         AssertionError: some difference exceeds the tolerance or is NaN.
@@ -74,6 +73,7 @@ def check(claim, got, expected=0.0, tolerance=0.0):
     line = f"{claim}: {found} (allowed {tolerance:.0e})"
     print(f"{'✓' if holds else '✗'} {line}")
     assert holds, f"the check does not hold: {line}"
+    return error
 
 
 def _plain(value):

@@ -300,24 +300,28 @@ def _read_jsonl(path, spec):
 
 def _from_hub(name, spec):
     repository = spec.hub[0]
-    if ask_hub("dataset", repository) == "missing":
+    reply = ask_hub("dataset", repository)
+    if reply == "missing":
         raise ValueError(f"the hub has no data set {repository!r} for task {name!r}")
+    online = datasets.config.HF_HUB_OFFLINE
     try:
+        if reply == "unreachable":  # take what is cached, without retries
+            datasets.config.HF_HUB_OFFLINE = True
         data = _hub_splits(spec)
-    except (OSError, ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
+        folder = os.environ.get("ICL_DATA") or "not set"
         raise ValueError(
-            f"no text for task {name!r}: ICL_DATA "
-            f"({os.environ.get('ICL_DATA') or 'not set'}) has no folder {name!r}, no "
-            f"registry package carries it, and the hub's {repository!r} is out of "
+            f"no text for task {name!r}: ICL_DATA ({folder}) has no folder {name!r}, "
+            f"no registry package carries it, and the hub's {repository!r} is out of "
             "reach and not cached. Set ICL_DATA, or take a task that needs no hub: "
             f"mr, {', '.join(_KIN)}"
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = online
     return data, f"the hub, {' '.join(spec.hub)}"
 
 
 def _hub_splits(spec):
-    if ask_hub("dataset", spec.hub[0]) == "unreachable":
-        datasets.config.HF_HUB_OFFLINE = True  # what is cached, without retries
     splits = []
     for split in ("train", spec.evaluation):
         rows = datasets.load_dataset(*spec.hub, split=split)
