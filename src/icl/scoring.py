@@ -120,48 +120,59 @@ def _packs(queries, labels):
     yield pack
 
 
+TRUNK = -1  # the branch of a query's own tokens
+
+
+def _lay_out(pack, labels, start):
+    """The row of a pack: one entry a token, and where its scores will be read.
+
+    Returns:
+        ``(tokens, stops, slots)``: tokens ``(id, position, query, branch)``;
+        the places in the row whose next-token distribution is needed; for each
+        query the index in ``stops`` of its last token and, a label, the indices
+        of that label's own tokens but the last, which is only predicted.
+    """
+    tokens, stops, slots = [], [], []
+    for n, query in pack:
+        tokens += [(t, start + s, n, TRUNK) for s, t in enumerate(query)]
+        stops.append(len(tokens) - 1)
+        last, inner = len(stops) - 1, []
+        for branch, label in enumerate(labels):
+            inner.append(range(len(stops), len(stops) + len(label) - 1))
+            for s, t in enumerate(label[:-1], start + len(query)):
+                tokens.append((t, s, n, branch))
+                stops.append(len(tokens) - 1)
+        slots.append((last, inner))
+    return tokens, stops, slots
+
+
+def _mask(query, branch, prefix_length, dtype):
+    """Additive mask ``(1, 1, T, P + T)``: prefix, own query, own branch, no future."""
+    place = torch.arange(len(query))
+    sees = (query[:, None] == query) & (place[:, None] >= place)
+    sees &= (branch == TRUNK) | (branch[:, None] == branch)
+    mask = torch.zeros(len(query), prefix_length + len(query), dtype=dtype)
+    mask[:, prefix_length:].masked_fill_(~sees, torch.finfo(dtype).min)
+    return mask[None, None]
+
+
 def _run_pack(model, keys_values, prefix, pack, labels):
     """Yields ``(n, label, score)``: one forward pass over a row of queries."""
-    ids, positions, query_of, branch_of = [], [], [], []
-    trunk, stops = -1, []  # stops: rows of logits to keep
-    slots = []  # per query: (row of its last token, rows of each branch)
-    for n, query in pack:
-        ids += query
-        positions += range(len(prefix), len(prefix) + len(query))
-        query_of += [n] * len(query)
-        branch_of += [trunk] * len(query)
-        stops.append(len(ids) - 1)
-        slots.append((len(stops) - 1, []))
-        for branch, label in enumerate(labels):
-            inner = label[:-1]
-            start = len(prefix) + len(query)
-            slots[-1][1].append(range(len(stops), len(stops) + len(inner)))
-            stops += range(len(ids), len(ids) + len(inner))
-            ids += inner
-            positions += range(start, start + len(inner))
-            query_of += [n] * len(inner)
-            branch_of += [branch] * len(inner)
-    device = model.device
-    query_of, branch_of = torch.tensor(query_of), torch.tensor(branch_of)
-    order = torch.arange(len(ids))
-    sees = (query_of[:, None] == query_of) & (order[:, None] >= order)
-    sees &= (branch_of == trunk) | (branch_of[:, None] == branch_of)
-    mask = torch.zeros(len(ids), len(prefix) + len(ids), dtype=model.dtype)
-    mask[:, len(prefix) :].masked_fill_(~sees, torch.finfo(model.dtype).min)
+    tokens, stops, slots = _lay_out(pack, labels, len(prefix))
+    ids, positions, query, branch = torch.tensor(tokens).T
     cache = DynamicCache(config=model.config)
     for layer, (keys, values) in enumerate(keys_values):
         cache.update(keys, values, layer)
     logits = model(
-        torch.tensor([ids], device=device),
-        attention_mask=mask[None, None].to(device),
-        position_ids=torch.tensor([positions], device=device),
+        ids[None].to(model.device),
+        attention_mask=_mask(query, branch, len(prefix), model.dtype).to(model.device),
+        position_ids=positions[None].to(model.device),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=torch.tensor(stops, device=device),
+        logits_to_keep=torch.tensor(stops, device=model.device),
     ).logits[0]
     exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
     log_p = torch.log_softmax(logits.to(exact), dim=-1).cpu().numpy()
-    for (n, _), (last, branches) in zip(pack, slots, strict=True):
-        for branch, (label, rows) in enumerate(zip(labels, branches, strict=True)):
-            steps = log_p[[last, *rows], label]
-            yield n, branch, steps.mean()
+    for (n, _), (last, inner) in zip(pack, slots, strict=True):
+        for c, (label, rows) in enumerate(zip(labels, inner, strict=True)):
+            yield n, c, log_p[[last, *rows], label].mean()
