@@ -9,7 +9,8 @@ from icl.chapter import check
 
 
 def test_check_prints_both_sides(capsys):
-    assert check("two and two", 4.0, 4, 1e-9) == 0
+    chapter.begin("smoke")
+    check("two and two", 4.0, 4, 1e-9)
     check("a tensor", torch.ones(3, dtype=torch.float64) + 1e-12, np.ones(3), 1e-10)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "✓ two and two: expected 4, got 4 (allowed 1e-09)"
@@ -34,3 +35,15 @@ def test_check_fails_the_run(got, expected, tolerance):
 def test_begin_refuses_a_wrong_scale():
     with pytest.raises(ValueError, match="scale 'big' is not one of smoke, laptop"):
         chapter.begin("big")
+
+
+def test_checks_of_a_page():
+    chapter.begin("smoke")
+    check("exact", 2, 2)
+    check("near", np.array([1.0, 3.0]), [1.0, 3.25], 0.5)
+    table = chapter.checks()
+    assert table["largest difference"].tolist() == ["0e+00", "2e-01"]
+    assert table["allowed"].tolist() == ["0e+00", "5e-01"]
+    assert table.index.tolist() == ["exact", "near"]
+    chapter.begin("smoke")
+    assert chapter.checks().empty

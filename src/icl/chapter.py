@@ -27,6 +27,7 @@ COLOURS = {
 }
 
 _opened = {}
+_checks = []
 
 
 def begin(scale: str, seed: int = 0):
@@ -37,6 +38,7 @@ def begin(scale: str, seed: int = 0):
     """
     if scale not in SCALES:
         raise ValueError(f"scale {scale!r} is not one of {', '.join(SCALES)}")
+    _checks.clear()
     _opened.update(started=time.perf_counter(), scale=scale, seed=seed)
     np.random.seed(seed)  # noqa: NPY002  (for libraries that draw from it)
     torch.manual_seed(seed)
@@ -48,7 +50,7 @@ def begin(scale: str, seed: int = 0):
     set_matplotlib_formats("svg", metadata={"Date": None})
 
 
-def check(claim, got, expected=0.0, tolerance=0.0) -> float:
+def check(claim, got, expected=0.0, tolerance=0.0) -> None:
     """Print a claim with what was expected and found; fail if they differ.
 
     Args:
@@ -56,9 +58,6 @@ def check(claim, got, expected=0.0, tolerance=0.0) -> float:
         got: a number, or an array of them.
         expected: what ``got`` should be (array or number).
         tolerance: the largest allowed absolute difference. 0 asks for equality.
-
-    Returns:
-        the largest absolute difference.
 
     Raises:
         AssertionError: some difference exceeds the tolerance or is NaN.
@@ -73,7 +72,14 @@ def check(claim, got, expected=0.0, tolerance=0.0) -> float:
     line = f"{claim}: {found} (allowed {tolerance:.0e})"
     print(f"{'✓' if holds else '✗'} {line}")
     assert holds, f"the check does not hold: {line}"
-    return error
+    _checks.append((claim, error, tolerance))
+
+
+def checks() -> pd.DataFrame:
+    """The checks of this page so far: claim, largest difference, allowed."""
+    columns = ["claim", "largest difference", "allowed"]
+    table = pd.DataFrame(_checks, columns=columns).set_index("claim")
+    return table.map("{:.0e}".format)
 
 
 def _plain(value):
