@@ -14,7 +14,7 @@ def test_check_prints_both_sides(capsys):
     check("a tensor", torch.ones(3, dtype=torch.float64) + 1e-12, np.ones(3), 1e-10)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "✓ two and two: expected 4, got 4 (allowed 1e-09)"
-    assert second.startswith("✓ a tensor: 3 numbers within 1.0e-12 of those expected")
+    assert second.startswith("✓ a tensor: 3 numbers within 1.0e-12 (allowed 1e-10)")
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def check(claim, got, expected=0.0, tolerance=0.0) -> None:
     if got.size == 1:
         found = f"expected {expected.item():.6g}, got {got.item():.6g}"
     else:
-        found = f"{got.size} numbers within {error:.1e} of those expected"
+        found = f"{got.size} numbers within {error:.1e}"
     line = f"{claim}: {found} (allowed {tolerance:.0e})"
     print(f"{'✓' if holds else '✗'} {line}")
     assert holds, f"the check does not hold: {line}"
