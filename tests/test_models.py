@@ -85,6 +85,20 @@ def test_pickled_weights_are_not_opened(tmp_path):
         load_model(tmp_path)
 
 
+def test_which_gguf(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"several models \(a.gguf, b.gguf\)"):
+        load_model(tmp_path)
+
+
+def test_a_file_that_is_no_model(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.touch()
+    with pytest.raises(ValueError, match=r"notes.txt is neither a folder"):
+        load_model(path)
+
+
 def test_a_truncated_weight_file(tmp_path):
     weights = save(tiny_model("gpt2"), tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

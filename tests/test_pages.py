@@ -6,10 +6,13 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
+import transformers
 from bs4 import BeautifulSoup
 
+from icl.models import built_in
 from icl.results import ROOT
-from icl.runner import build_book, chapters
+from icl.runner import build_book, chapters, run_chapter
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +113,32 @@ def test_mathjax_is_here_and_small(html):
     assert (html / "mathjax" / "tex-chtml.js").is_file()
     size = sum(p.stat().st_size for p in Path(html / "mathjax").rglob("*"))
     assert size < 4e6
+
+
+def test_paper_scale_runs_the_whole_protocol(tmp_path, monkeypatch):
+    """On a tiny random model with the built-in one's tokenizer, on ten sentences."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(built_in())
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "mr").mkdir()
+    for split, size in [("train", 40), ("validation", 12)]:
+        rows = [{"text": f"film number {n} .", "label": n % 2} for n in range(size)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "mr" / f"{split}.jsonl").write_text(lines)
+    monkeypatch.setenv("ICL_DATA", str(tmp_path))
+    record = run_chapter(
+        "05_icl_and_finetuning",
+        {"scale": "paper", "model": str(tmp_path / "tiny"), "k": 8},
+        ROOT / "_build" / "paper",
+    )
+    text = (ROOT / record["notebook"]).read_text()
+    assert "not diverge (36 tried), on 12 examples of mr" in text
+    assert "ICL stuck" in text

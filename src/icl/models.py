@@ -22,7 +22,7 @@ def load_model(name=DEFAULT, device="auto", dtype=None):
     Args:
         name: ``"smollm2-135m"`` (carried by a registry package, converted once
             to safetensors in the cache), a folder that holds safetensors or
-            GGUF weights, or a hub id such as ``"gpt2"``.
+            GGUF weights, a ``.gguf`` file, or a hub id such as ``"gpt2"``.
         device: ``"auto"`` (CUDA, else Apple's mps, else the CPU) or anything
             that ``torch.device`` takes.
         dtype: a floating-point ``torch.dtype``. Left out: float32, on CUDA
@@ -72,20 +72,29 @@ def _device(device) -> torch.device:
 
 
 def _from_folder(path: Path, dtype):
-    folder = path if path.is_dir() else path.parent
-    gguf = [path] if path.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
     options = {}
-    if list(folder.glob("*.safetensors")) and path.is_dir():
-        options["use_safetensors"] = True
-    elif gguf:
-        options["gguf_file"] = gguf[0].name
+    if path.suffix == ".gguf":
+        folder, options["gguf_file"] = path.parent, path.name
+    elif not path.is_dir():
+        raise ValueError(f"{path} is neither a folder with weights nor a .gguf file")
     else:
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(
-            f"the folder {folder} holds no weights that may be read: it holds "
-            f"{held}; needed are *.safetensors or *.gguf (pickled *.bin and *.pt "
-            "files are never opened)"
-        )
+        folder, gguf = path, sorted(p.name for p in path.glob("*.gguf"))
+        if list(folder.glob("*.safetensors")):
+            options["use_safetensors"] = True
+        elif len(gguf) == 1:
+            options["gguf_file"] = gguf[0]
+        elif gguf:
+            raise ValueError(
+                f"the folder {folder} holds several models ({', '.join(gguf)}); "
+                "name one of these files"
+            )
+        else:
+            held = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
+            raise ValueError(
+                f"the folder {folder} holds no weights that may be read: it holds "
+                f"{held or 'nothing'}; needed are *.safetensors or *.gguf (pickled "
+                "*.bin and *.pt files are never opened)"
+            )
     try:
         return _pair(folder, dtype, **options)
     except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
