@@ -127,7 +127,8 @@ def test_a_failed_run_keeps_the_last_good_one(repository):
     folder = repository / "runs"
     run_chapter("one", {}, folder)
     good = (folder / "one.ipynb").read_bytes()
-    with pytest.raises(ChapterError, match=r"(?s)too loud.*the run is in .*failed"):
+    message = r"^one: In \[3\] failed with RuntimeError: too loud\nThe run, .*failed"
+    with pytest.raises(ChapterError, match=message):
         run_chapter("one", {"loud": True}, folder)
     assert (folder / "one.ipynb").read_bytes() == good
     assert (folder / "one.failed.ipynb").exists()

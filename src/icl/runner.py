@@ -204,9 +204,9 @@ def run_chapter(name: str, parameters: dict, folder: Path) -> dict:
         failed = folder / f"{name}.failed.ipynb"
         if scratch.exists():
             os.replace(scratch, failed)
-        tail = log.read_text().strip().splitlines()[-25:]
         raise ChapterError(
-            "\n".join(tail) + f"\n\nchapter {name} failed; the run is in {failed}"
+            f"{name}: {_failure(log.read_text())}\nThe run, with its traceback, is in "
+            f"{failed}"
         )
     os.replace(scratch, executed)
     kilobytes = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
@@ -219,6 +219,15 @@ def run_chapter(name: str, parameters: dict, folder: Path) -> dict:
     }
     write_atomically(record_path, json.dumps(record, indent=2) + "\n")
     return record | {"again": True}
+
+
+def _failure(log):
+    """The exception that ended a run, from papermill's log; else the log's end."""
+    cell = re.search(r'Exception encountered at "(In \[\d+\])"', log)
+    parts = re.split(r"(?m)^(?=\w*(?:Error|Exception|Interrupt)\b)", log)
+    if not cell or len(parts) == 1:
+        return "\n".join(log.strip().splitlines()[-25:])
+    return f"{cell[1]} failed with {parts[-1].strip()}"
 
 
 def _papermill(source, target, parameters, log):
