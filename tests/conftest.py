@@ -56,7 +56,7 @@ TINY = {
 
 
 def word_tokenizer():
-    """A tokenizer in which "Neither" has three tokens and most words one."""
+    """A tokenizer in which "Unclearly" has three tokens and most words one."""
     vocabulary = {word: i for i, word in enumerate([*WORDS, "Un", "clear", "ly"])}
     model = models.WordPiece(
         vocabulary, unk_token="[UNK]", continuing_subword_prefix=""

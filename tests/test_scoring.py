@@ -17,7 +17,7 @@ QUERIES = [
     "Review : the plot was not very good , but the actors is so . Sentiment :",
     "Review : dull , dull , dull Sentiment :",
 ]
-LABELS = ["Positive", "Negative", "Unclearly"]  # the last has three tokens
+LABELS = ["Positive", "Unclearly", "Neitherly"]  # of one, three and two tokens
 
 
 @torch.inference_mode()
@@ -64,8 +64,9 @@ def test_each_token_is_computed_once(tokenizer, monkeypatch):
     def count(text):
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    branch = count(" Unclearly") - 1  # its last token is predicted, not read
-    want = count(PREFIX) + sum(count(q) + branch for q in QUERIES)
+    branches = sum(count(" " + w) - 1 for w in LABELS)  # the last is only predicted
+    assert branches == 3
+    want = count(PREFIX) + sum(count(q) + branches for q in QUERIES)
     assert sum(seen) == want
 
 
