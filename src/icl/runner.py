@@ -59,16 +59,16 @@ class Parameter:
         """
         kind = type(self.default)
         try:
-            value = text if kind is str else kind(yaml.safe_load(text))
-            if kind in (int, list) and value != yaml.safe_load(text):
-                raise ValueError
-            if kind is bool and not isinstance(yaml.safe_load(text), bool):
-                raise ValueError
+            value = text if kind is str else yaml.safe_load(text)
+            if kind is float and not isinstance(value, bool):
+                value = float(value)  # YAML takes 1e-3 for a word and 1 for an int
         except (TypeError, ValueError, yaml.YAMLError):
+            value = None
+        if type(value) is not kind:
             raise ValueError(
                 f"{self.name}={text} is not of type {kind.__name__} "
                 f"(default {self.default!r})"
-            ) from None
+            )
         if isinstance(self.allowed, range):
             if not self.allowed.start <= value < self.allowed.stop:
                 low, high = self.allowed.start, self.allowed.stop - 1
