@@ -6,9 +6,12 @@ weight decay or clipping, dropout off. Only the key and value projections of
 every layer move, weights and biases.
 """
 
+import re
 from contextlib import contextmanager
 
 import torch
+
+from icl.heads import attention_inputs
 
 
 def kv_projections(model):
@@ -122,3 +125,29 @@ def updated(model, update):
         with torch.no_grad():
             for name, view in views.items():
                 view.copy_(before[name])
+
+
+def heads_on_frozen_inputs(model, update, ids, start=0):
+    """The heads after finetuning, each layer on the inputs it had before.
+
+    Dai et al. (2023, eq. 13) compare ``W_V X`` with ``(W_V + ΔW_V) X``: the
+    same ``X``. So layer ``l`` is read with its own update alone and every layer
+    below as it was.
+
+    Args:
+        model: from :func:`icl.models.load_model`.
+        update: from :func:`kv_sgd`.
+        ids, start: as for :func:`icl.heads.attention_inputs`.
+
+    Returns:
+        one :class:`icl.heads.Heads` a layer.
+    """
+    layers = {}
+    for name, change in update.items():
+        layer = int(re.search(r"\.(\d+)\.", name)[1])
+        layers.setdefault(layer, {})[name] = change
+    found = []
+    for layer in sorted(layers):
+        with updated(model, layers[layer]):
+            found.append(attention_inputs(model, ids, start=start)[layer])
+    return found
