@@ -24,6 +24,9 @@ COLOURS = {
     "FT": "#e07b1a",
     "momentum": "#c65fa0",
     "decay": "#1f9e78",
+    "exact": "#a88600",
+    "precond": "#8272d6",
+    "random": "#d1495b",
 }
 
 _opened = {}

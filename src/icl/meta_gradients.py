@@ -44,13 +44,12 @@ def guesses(query, key, value, demonstrations):
     where = torch.as_tensor(demonstrations, device=key.device)
     keys, values = key[..., where, :], value[..., where, :]
     mean = values.mean(-2)
-    relaxed = (attention_weight(values, keys) @ query[..., None])[..., 0]
-    shift = (keys.mean(-2) * query).sum(-1, keepdim=True)
-    centred = relaxed - shift * values.sum(-2)
+    scores = (keys @ query[..., None])[..., 0]
+    centred = _mix(scores - scores.mean(-1, keepdim=True), values)
     gate = split.mass[..., None]
     return {
         "change": split.change,
-        "relaxed": relaxed,
+        "relaxed": _mix(scores, values),  # = ΔW_ICL q, without forming ΔW_ICL
         "mean value": values.sum(-2),
         "centred": centred,
         "gated mean": gate * (mean - split.rest),
@@ -69,7 +68,7 @@ def relaxation(model, prompt, queries, ends):
         ends: how many tokens of the prompt to keep, one entry a measurement.
 
     Returns:
-        ``{name: (len(ends), N, L, H)}``, float64:
+        ``{name: (len(ends), N, L, H)}``:
 
         - ``"mass"``, ``"opening"``: share of attention on the demonstrations
           and on the opening token;
@@ -85,8 +84,8 @@ def relaxation(model, prompt, queries, ends):
     for end in ends:
         prefix = [Heads(*(part[:, :end] for part in heads)) for heads in whole]
         for ids in queries:
-            heads = stack(attention_inputs(model, ids, prefix))
-            alone = stack(attention_inputs(model, [*prompt[:1], *ids], start=end - 1))
+            heads = _wide(attention_inputs(model, ids, prefix))
+            alone = _wide(attention_inputs(model, [*prompt[:1], *ids], start=end - 1))
             for name, value in _measure(heads, alone, end).items():
                 found.setdefault(name, []).append(value)
     shape = (len(ends), len(queries))
@@ -99,15 +98,15 @@ def relaxation(model, prompt, queries, ends):
 
 
 def _measure(heads, alone, end):
-    query, key, value = heads.query[:, :, -1].double(), *map(_double, heads[1:])
+    query, key, value = heads.query[:, :, -1], *heads[1:]
     where = torch.zeros(key.shape[-2], dtype=torch.bool)
     where[1:end] = True
     found = guesses(query, key, value, where)
     change = found.pop("change")
     scores = (key @ query[..., None])[..., 0]
     attention = scores.softmax(-1)
-    before = (alone.key @ alone.query[:, :, -1, :, None])[..., 0].double().softmax(-1)
-    passes = _mix(attention, value) - _mix(before, alone.value.double())
+    before = (alone.key @ alone.query[:, :, -1, :, None])[..., 0].softmax(-1)
+    passes = _mix(attention, value) - _mix(before, alone.value)
     return {
         "mass": attention[..., where].sum(-1),
         "opening": attention[..., 0],
@@ -128,8 +127,8 @@ def icl_update(model, prompt, centred=False):
         centred: take keys and values relative to their means, which removes
             the part that a shift of all keys can make or unmake.
     """
-    _, key, value = stack(attention_inputs(model, prompt))
-    key, value = key[..., 1:, :].double(), value[..., 1:, :].double()
+    _, key, value = _wide(attention_inputs(model, prompt))
+    key, value = key[..., 1:, :], value[..., 1:, :]
     if centred:
         key = key - key.mean(-2, keepdim=True)
     return attention_weight(value, key)
@@ -146,17 +145,15 @@ def ft_update(model, update, ids, start=0):
             query where it stands behind that prompt, so that ``ΔW_FT`` and
             ``ΔW_ICL`` act on the same ``q``.
     """
-    before = stack(attention_inputs(model, ids, start=start))
-    after = stack(heads_on_frozen_inputs(model, update, ids, start))
-    return finetuning_weight(*map(_double, (*_kv(before), *_kv(after))))
+    before = _wide(attention_inputs(model, ids, start=start))
+    after = _wide(heads_on_frozen_inputs(model, update, ids, start))
+    return finetuning_weight(before.value, before.key, after.value, after.key)
 
 
-def _kv(heads):
-    return heads.value, heads.key
-
-
-def _double(tensor):
-    return tensor.double()
+def _wide(layers):
+    """Stacked heads in float32 at least."""
+    wide = torch.promote_types(layers[0].key.dtype, torch.float32)
+    return Heads(*(part.to(wide) for part in stack(layers)))
 
 
 def _cosine(a, b):
