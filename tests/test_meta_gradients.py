@@ -107,6 +107,23 @@ def test_relaxation_against_a_loop_over_heads(llama):
                         assert got == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
+def test_the_zero_shot_query_keeps_its_place():
+    """With absolute positions it matters that the query stands where it did."""
+    model, query = tiny_model("gpt2").double(), QUERIES[1]
+    got = relaxation(model, PROMPT, [query], [9])["cosine: passes"][0, 0]
+    together = attention_inputs(model, PROMPT + query)
+    apart = attention_inputs(model, PROMPT[:1] + query, start=8)
+    for layer, (one, two) in enumerate(zip(together, apart, strict=True)):
+        for h in range(4):
+            s = (one.key[h] @ one.query[h, -1]).numpy()
+            v, rest = one.value[h].numpy(), [0, *range(9, len(s))]
+            whole = softmax(s) @ v
+            bare = softmax((two.key[h] @ two.query[h, -1]).numpy())
+            passes = whole - bare @ two.value[h].numpy()
+            want = cosine(passes, whole - softmax(s[rest]) @ v[rest])
+            assert got[layer, h] == pytest.approx(want, abs=1e-6)
+
+
 def test_first_order_guess_is_exact_for_small_scores():
     g = torch.Generator().manual_seed(0)
     q, K = torch.randn(5, generator=g).double(), torch.randn(9, 5, generator=g).double()
@@ -133,8 +150,8 @@ def test_icl_update(llama):
 def test_frozen_inputs_meet_updated_projections(llama, update):
     """Layer l's keys are (W_K + ΔW_K) X with the X of the untouched model."""
     ids = [0, 8, 19, 6, 4]
-    plain = heads_alone(llama, ids)
-    frozen = heads_on_frozen_inputs(llama, update, ids)
+    plain = heads_alone(llama, ids, start=7)
+    frozen = heads_on_frozen_inputs(llama, update, ids, start=7)
     states = llama(torch.tensor([ids]), output_hidden_states=True).hidden_states
     for l, layer in enumerate(llama.model.layers):  # noqa: E741
         x = layer.input_layernorm(states[l])[0]
