@@ -1,4 +1,4 @@
-"""Proportions against published intervals, Rec2FTP against cases by hand."""
+"""The measures against published numbers, cases by hand and loops."""
 
 import math
 
@@ -7,7 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icl.metrics import Proportion, accuracy, mean_interval, rec2ftp
+from icl.metrics import (
+    Proportion,
+    accuracy,
+    kendall,
+    kendall_of_examples,
+    mean_interval,
+    rec2ftp,
+    simam,
+    simam_delta,
+    simaou,
+    top_recall,
+    training_attention,
+)
 
 
 @pytest.mark.parametrize(
@@ -65,3 +77,161 @@ def test_bad_input():
         accuracy([1, 0, 1])
     with pytest.raises(ValueError, match=r"shapes are \(2,\), \(3,\) and \(2,\)"):
         rec2ftp([True] * 2, [True] * 3, [True] * 2)
+
+
+def cosine(a, b):
+    """One number at a time."""
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    sizes = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b))
+    return dot / sizes if sizes else math.nan
+
+
+def scaled(h):
+    return h / math.sqrt(sum(x * x for x in h))
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_simaou_against_a_loop(normalise):
+    z, f, i = np.random.default_rng(0).normal(size=(3, 4, 3, 7))
+    got = simaou(z, f, i, normalise)
+    want = np.empty((4, 3))
+    for n in range(4):
+        for l in range(3):  # noqa: E741
+            a, b, c = z[n, l], f[n, l], i[n, l]
+            if normalise:
+                a, b, c = map(scaled, (a, b, c))
+            want[n, l] = cosine(c - a, b - a)
+    np.testing.assert_allclose(got.values, want, atol=1e-12)
+    assert got.mean == pytest.approx(np.mean(want))
+    np.testing.assert_allclose(got.per_example, want.mean(1))
+    np.testing.assert_allclose(got.per_layer, want.mean(0))
+    assert got.undefined == 0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "artefact"),  # noise to signal; two decimals of a simulation by others
+    [(0.1, 0.0025), (0.5, 0.0528), (1.0, 0.1464), (math.sqrt(3), 0.25), (3.0, 0.3419)],
+)
+def test_normalised_noise_looks_similar(ratio, artefact):
+    """Two unrelated updates of one vector: the normalisation aligns them."""
+    z = np.eye(5)[0].reshape(1, 1, 5) * 2
+    r, other = (ratio * 2 * np.eye(5)[j].reshape(1, 1, 5) for j in (1, 2))
+    a = 1 / math.sqrt(1 + ratio**2)
+    exact = (1 - a) ** 2 / ((1 - a) ** 2 + (ratio * a) ** 2)
+    assert exact == pytest.approx(artefact, abs=5e-5)
+    assert simaou(z, z + r, z + other).mean == pytest.approx(exact, abs=1e-12)
+    assert simaou(z, z + r, z + other, normalise=False).mean == pytest.approx(0)
+
+
+def test_no_update_is_not_defined():
+    z, f, i = np.random.default_rng(1).normal(size=(3, 3, 2, 5))
+    i[1, 0] = z[1, 0]  # this example's first layer did not move
+    i[2] = z[2]
+    got = simaou(z, f, i, normalise=False)
+    assert got.undefined == 3
+    assert np.isnan(got.per_example[2])
+    assert got.per_example[1] == pytest.approx(got.values[1, 1])
+    assert got.per_layer[0] == pytest.approx(got.values[0, 0])
+    assert got.mean == pytest.approx(
+        np.mean([got.values[0, 0], got.values[:2, 1].mean()])
+    )
+    assert math.isnan(simaou(z, z, z).mean)
+
+
+def maps(seed, lengths=(3, 8, 5), L=2, H=3):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(L, H, n)) for n in lengths]
+
+
+def test_simam_against_a_loop():
+    a, b, c = maps(0), maps(1), maps(2)
+    got, delta = simam(a, b), simam_delta(a, b, c)
+    for n in range(3):
+        for l in range(2):  # noqa: E741
+            heads = [cosine(a[n][l, h], b[n][l, h]) for h in range(3)]
+            assert got.values[n, l] == pytest.approx(np.mean(heads))
+            heads = [
+                cosine(c[n][l, h] - a[n][l, h], b[n][l, h] - a[n][l, h])
+                for h in range(3)
+            ]
+            assert delta.values[n, l] == pytest.approx(np.mean(heads))
+
+
+def test_a_head_without_scores_is_left_out():
+    a, b = maps(0), maps(1)
+    a[1][0, 2] = 0
+    got = simam(a, b)
+    heads = [cosine(a[1][0, h], b[1][0, h]) for h in (0, 1)]
+    assert got.values[1, 0] == pytest.approx(np.mean(heads))
+    a[1][0] = 0
+    assert np.isnan(simam(a, b).values[1, 0])
+
+
+def tau_b(a, b):
+    """Concordant less discordant pairs, over the pairs without ties in either."""
+    pairs = [(i, j) for j in range(len(a)) for i in range(j)]
+    s = [(np.sign(a[i] - a[j]), np.sign(b[i] - b[j])) for i, j in pairs]
+    loose = [sum(x[k] != 0 for x in s) for k in (0, 1)]
+    agree = sum(x * y for x, y in s)
+    return agree / math.sqrt(loose[0] * loose[1]) if all(loose) else math.nan
+
+
+@given(st.integers(0, 10**6), st.integers(2, 12), st.booleans())
+def test_kendall_against_pairs(seed, n, ties):
+    a, b = np.random.default_rng(seed).normal(size=(2, 2, 3, n))
+    if ties:
+        a, b = a.round(), b.round()
+    got = kendall(a, b).values
+    for place in np.ndindex(2, 3):
+        want = tau_b(a[place], b[place])
+        np.testing.assert_allclose(got[place], want, atol=1e-12)
+    soft = np.exp(b) / np.exp(b).sum(-1, keepdims=True)
+    np.testing.assert_allclose(kendall(a, soft).values, got, atol=1e-12)
+
+
+def test_kendall_of_examples_and_recall():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 1, 1, 7))
+    example = [0, 0, 1, 2, 2, 2, 1]
+
+    def mass(m, e):
+        weights = [math.exp(x) for x in m]
+        mine = [w for w, x in zip(weights, example, strict=True) if x == e]
+        return sum(mine) / sum(weights)
+
+    masses = [[mass(m[0, 0], e) for e in range(3)] for m in (a, b)]
+    got = kendall_of_examples(a, b, example)
+    assert got.values[0, 0] == pytest.approx(tau_b(*masses))
+    both = set(np.argsort(a[0, 0])[-3:]) & set(np.argsort(b[0, 0])[-3:])
+    assert top_recall(a, b, 3).values[0, 0] == pytest.approx(len(both) / 3)
+    assert top_recall(a, b, 7).mean == 1
+
+
+def test_training_attention_against_a_loop():
+    rng = np.random.default_rng(0)
+    q, train = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(6, 3, 4, 5))
+    got = training_attention(q, train)
+    assert got.shape == (2, 3, 6)
+    for n, l, i in np.ndindex(2, 3, 6):  # noqa: E741
+        want = sum(train[i, l, h] @ q[n, l, h] for h in range(4))
+        assert got[n, l, i] == pytest.approx(want)
+
+
+def test_similarities_refuse_what_does_not_fit():
+    h = np.ones((2, 3, 4))
+    with pytest.raises(ValueError, match=r"h_icl \(2, 3, 5\)"):
+        simaou(h, h, np.ones((2, 3, 5)))
+    with pytest.raises(ValueError, match=r"one shape \(N, L, d\); given were h_zsl"):
+        simaou(h[0], h[0], h[0])
+    with pytest.raises(ValueError, match="h_ft has entries that are not finite"):
+        simaou(h, h * np.nan, h)
+    with pytest.raises(ValueError, match="same examples; given were m_a: 3, m_b: 2"):
+        simam(maps(0), maps(1)[:2])
+    with pytest.raises(ValueError, match=r"m_a \(2, 3, 3\), m_b \(2, 3, 8\)"):
+        simam(maps(0), maps(0, (8, 8, 5)))
+    with pytest.raises(ValueError, match=r"7 tokens need as many numbers"):
+        kendall_of_examples(np.ones((1, 1, 7)), np.ones((1, 1, 7)), [0, 1])
+    with pytest.raises(ValueError, match="k must be 1 to 4, not 5"):
+        top_recall(h, h, 5)
+    with pytest.raises(ValueError, match=r"training queries \(n, L, H, d_h\)"):
+        training_attention(np.ones((2, 3, 4, 5)), np.ones((6, 3, 5, 4)))

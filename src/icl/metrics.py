@@ -1,9 +1,14 @@
-"""What is measured on predictions: proportions with their intervals, Rec2FTP."""
+"""What is measured: on predictions, attention outputs, and attention maps.
+
+The measures are those of Dai et al. (2023, sections 4.3 to 4.6), with the
+corrections of Deutch et al. (2024) beside them.
+"""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
+import scipy.special
 import scipy.stats
 
 
@@ -83,6 +88,225 @@ def rec2ftp(zsl, ft, icl) -> Proportion:
         )
     mended = ft & ~zsl
     return Proportion(int((mended & icl).sum()), int(mended.sum()))
+
+
+class Similarity(NamedTuple):
+    """A similarity of every example in every layer.
+
+    Attributes:
+        values: ``(N, L)``, in -1..1; NaN where it is not defined, because one of
+            the two things compared is zero or has no spread.
+    """
+
+    values: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Over examples, then layers, of what is defined (NaN if nothing is)."""
+        layers = self.per_layer
+        return _mean(layers[np.isfinite(layers)])
+
+    @property
+    def per_example(self) -> np.ndarray:
+        """``(N,)``: mean over the layers, for intervals over examples."""
+        return np.array([_mean(row[np.isfinite(row)]) for row in self.values])
+
+    @property
+    def per_layer(self) -> np.ndarray:
+        """``(L,)``: mean over the examples."""
+        return np.array([_mean(row[np.isfinite(row)]) for row in self.values.T])
+
+    @property
+    def undefined(self) -> int:
+        """How many of the values are NaN."""
+        return int(np.isnan(self.values).sum())
+
+
+def simaou(h_zsl, h_ft, h_icl, normalise=True) -> Similarity:
+    """Similarity of attention output updates (Dai et al. 2023, section 4.4).
+
+    ``cos(h_ICL - h_ZSL, h_FT - h_ZSL)``. The paper scales every ``h`` to length 1
+    first; without that the measure is Deutch et al.'s (2024).
+
+    Args:
+        h_zsl, h_ft, h_icl: outputs of the attention modules, ``(N, L, d)``.
+        normalise: scale each to length 1 before the differences are taken.
+
+    Raises:
+        ValueError: the shapes differ, or an entry is not finite.
+    """
+    h_zsl, h_ft, h_icl = _alike("(N, L, d)", h_zsl=h_zsl, h_ft=h_ft, h_icl=h_icl)
+    if normalise:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            h_zsl, h_ft, h_icl = (
+                h / np.linalg.norm(h, axis=-1, keepdims=True)
+                for h in (h_zsl, h_ft, h_icl)
+            )
+    return Similarity(_cosine(h_icl - h_zsl, h_ft - h_zsl))
+
+
+def simam(m_a, m_b) -> Similarity:
+    """Similarity of attention maps (Dai et al. 2023, section 4.5).
+
+    The cosine of two settings' scores before the softmax, a head at a time,
+    averaged over heads.
+
+    Args:
+        m_a, m_b: N arrays ``(L, H, n)`` each: scores of the last token over the
+            query's tokens, whose number ``n`` may differ from example to example.
+
+    Raises:
+        ValueError: the two speak of different examples, or a score is not finite.
+    """
+    return Similarity(_over_heads(_maps(m_a=m_a, m_b=m_b), _cosine))
+
+
+def simam_delta(m_zsl, m_ft, m_icl) -> Similarity:
+    """Similarity of changes of attention maps (Deutch et al. 2024).
+
+    ``cos(m_ICL - m_ZSL, m_FT - m_ZSL)``, a head at a time. :func:`simam` is
+    dominated by what the maps share from the start; this is not.
+
+    Args:
+        m_zsl, m_ft, m_icl: as for :func:`simam`.
+    """
+    maps = _maps(m_zsl=m_zsl, m_ft=m_ft, m_icl=m_icl)
+    return Similarity(_over_heads(maps, lambda z, f, i: _cosine(i - z, f - z)))
+
+
+def training_attention(queries, training_queries) -> np.ndarray:
+    """A finetuned model's "attention" to its training tokens.
+
+    ``Σ_h Q'ᵀ q`` (Dai et al. 2023, section 4.6): the inner product, over all
+    heads, of the test token's attention query with that of each training token
+    at the step in which it was trained on.
+
+    Args:
+        queries: of the last tokens of the test examples, ``(N, L, H, d_h)``.
+        training_queries: ``(n, L, H, d_h)``.
+
+    Returns:
+        ``(N, L, n)``.
+    """
+    test, train = np.asarray(queries), np.asarray(training_queries)
+    if test.ndim != 4 or train.shape[1:] != test.shape[1:] or not len(train):
+        raise ValueError(
+            "needed are queries (N, L, H, d_h) and training queries (n, L, H, d_h); "
+            f"given were {test.shape} and {train.shape}"
+        )
+    test, train = (t.reshape(*t.shape[:2], -1).swapaxes(0, 1) for t in (test, train))
+    return (test @ train.swapaxes(1, 2)).swapaxes(0, 1)
+
+
+def kendall(m_icl, m_ft) -> Similarity:
+    """Kendall's tau-b of attention to the training tokens, (Dai et al. 2023, 4.6).
+
+    A rank correlation, so it is the same before and after the softmax that the
+    original code applies (but for ties that rounding makes).
+
+    Args:
+        m_icl: attention scores over the demonstrations' tokens, summed over
+            heads, separators left out, ``(N, L, n)``.
+        m_ft: :func:`training_attention` over the same tokens.
+    """
+    m_icl, m_ft = _alike("(N, L, n)", m_icl=m_icl, m_ft=m_ft)
+    return Similarity(_pairwise(m_icl, m_ft, _tau))
+
+
+def kendall_of_examples(m_icl, m_ft, example) -> Similarity:
+    """:func:`kendall` of whole demonstrations.
+
+    Each weighs what the softmax over all tokens gives to its own. (In the
+    original code, not in the paper.)
+
+    Args:
+        m_icl, m_ft: as for :func:`kendall`.
+        example: which demonstration each token is of, ``(n,)``, counted from 0.
+    """
+    m_icl, m_ft = _alike("(N, L, n)", m_icl=m_icl, m_ft=m_ft)
+    example = np.asarray(example)
+    if example.shape != m_icl.shape[-1:]:
+        raise ValueError(
+            f"{m_icl.shape[-1]} tokens need as many numbers of examples, not "
+            f"{example.shape}"
+        )
+    member = example[:, None] == np.unique(example)
+    masses = [scipy.special.softmax(m, axis=-1) @ member for m in (m_icl, m_ft)]
+    return Similarity(_pairwise(*masses, _tau))
+
+
+def top_recall(m_icl, m_ft, k) -> Similarity:
+    """Of the ``k`` tokens that ICL attends to most, the part that FT does too.
+
+    Args:
+        m_icl, m_ft: as for :func:`kendall`.
+        k: 1 to the number of tokens; by chance the recall is ``k / n``.
+    """
+    m_icl, m_ft = _alike("(N, L, n)", m_icl=m_icl, m_ft=m_ft)
+    if not 1 <= k <= m_icl.shape[-1]:
+        raise ValueError(f"k must be 1 to {m_icl.shape[-1]}, not {k}")
+
+    def recall(a, b):
+        a, b = (set(np.argsort(-m, kind="stable")[:k]) for m in (a, b))
+        return len(a & b) / k
+
+    return Similarity(_pairwise(m_icl, m_ft, recall))
+
+
+def _tau(a, b):
+    return scipy.stats.kendalltau(a, b).statistic
+
+
+def _pairwise(a, b, compare):
+    rows = [
+        [compare(x, y) for x, y in zip(*layers, strict=True)]
+        for layers in zip(a, b, strict=True)
+    ]
+    return np.array(rows, dtype=float)
+
+
+def _over_heads(maps, compare):
+    """``(N, L)`` from N tuples of ``(L, H, n)``: mean over the defined heads."""
+    rows = []
+    for example in maps:
+        heads = compare(*example)
+        rows.append([_mean(row[np.isfinite(row)]) for row in heads])
+    return np.array(rows, dtype=float)
+
+
+def _maps(**settings):
+    names, lists = list(settings), list(settings.values())
+    if not len(lists[0]) or len({len(maps) for maps in lists}) > 1:
+        counts = ", ".join(f"{n}: {len(m)}" for n, m in settings.items())
+        raise ValueError(f"needed are maps of the same examples; given were {counts}")
+    return [
+        _alike("(L, H, n)", **dict(zip(names, example, strict=True)))
+        for example in zip(*lists, strict=True)
+    ]
+
+
+def _alike(shape, **arrays):
+    """The arrays as float64, of one shape and finite."""
+    found = {n: np.asarray(a, dtype=float) for n, a in arrays.items()}
+    shapes = {a.shape for a in found.values()}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 3:
+        given = ", ".join(f"{n} {a.shape}" for n, a in found.items())
+        raise ValueError(f"needed are arrays of one shape {shape}; given were {given}")
+    for name, array in found.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} has entries that are not finite")
+    return list(found.values())
+
+
+def _cosine(a, b):
+    """Along the last axis; NaN where one of the two is zero."""
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(lengths > 0, (a * b).sum(-1) / lengths, np.nan)
+
+
+def _mean(values):
+    return float(np.mean(values)) if len(values) else math.nan
 
 
 def _booleans(values) -> np.ndarray:
