@@ -53,7 +53,7 @@ def attention_inputs(model, ids, prefix=None, start=None):
         cache.update(key, value, layer)
     length = cache.get_seq_length()
     start = length if start is None else start
-    with _queries(model) as queries:
+    with watch_queries(model) as queries:
         model(
             ids[None],
             position_ids=torch.arange(start, start + len(ids), device=ids.device)[None],
@@ -74,20 +74,24 @@ def attention_inputs(model, ids, prefix=None, start=None):
 
 
 @contextmanager
-def _queries(model):
-    """A list that collects, a layer, the scaled queries ``(H, T, d_h)``."""
+def watch_queries(model):
+    """A list that collects the queries of every layer that runs in the block.
+
+    One ``(H, T, d_h)`` a layer and forward pass of one sequence, after position
+    embeddings and with the factor ``1/√d_h``.
+    """
     collected, hooks, usual = [], [], model.config._attn_implementation
 
     def attend(module, query, key, value, attention_mask, scaling=None, **options):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        collected.append(query[0] * scaling)
+        collected.append(query[0].detach() * scaling)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
 
     def project(module, inputs, output):  # XGLM's attention has no interface
         heads = model.config.num_attention_heads
-        query = output[0].unflatten(-1, (heads, -1)).transpose(0, 1)
+        query = output[0].detach().unflatten(-1, (heads, -1)).transpose(0, 1)
         collected.append(query * query.shape[-1] ** -0.5)
 
     try:

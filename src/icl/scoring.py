@@ -7,6 +7,8 @@ prefix and itself. Where a label word has several tokens, the labels branch off
 their query in the same row.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from transformers import DynamicCache
@@ -42,16 +44,24 @@ def score(model, tokenizer, queries, label_words, demonstrations=""):
     keys_values = _encode_prefix(model, prefix)
     scores = np.empty((len(queries), len(labels)))
     for pack in _packs(queries, labels):
-        for n, branch, row in _run_pack(model, keys_values, prefix, pack, labels):
-            scores[n, branch] = row
+        layout = _lay_out(pack, labels, len(prefix))
+        logits, _ = _run(model, keys_values, layout)
+        for (n, _), row in zip(
+            pack, _label_scores(logits, layout, labels), strict=True
+        ):
+            scores[n] = row
+    _check_finite(model, scores)
+    return scores
+
+
+def _check_finite(model, scores):
     if not np.isfinite(scores).all():
         bad = int((~np.isfinite(scores)).any(axis=1).sum())
         raise FloatingPointError(
-            f"the log-probabilities of {bad} of {len(queries)} queries are not "
+            f"the log-probabilities of {bad} of {len(scores)} queries are not "
             f"finite: the {model.dtype} weights of {model.config.model_type} overflow "
             "or have diverged; load them as float32, or lower the learning rate"
         )
-    return scores
 
 
 def _encode(tokenizer, queries, label_words, demonstrations):
@@ -123,14 +133,34 @@ def _packs(queries, labels):
 TRUNK = -1  # the branch of a query's own tokens
 
 
-def _lay_out(pack, labels, start):
-    """The row of a pack: one entry a token, and where its scores will be read.
+class _Layout(NamedTuple):
+    """The row of a pack, one entry a token, and where it will be read.
 
-    Returns:
-        ``(tokens, stops, slots)``: tokens ``(id, position, query, branch)``;
-        the places in the row whose next-token distribution is needed; for each
-        query the index in ``stops`` of its last token and, a label, the indices
-        of that label's own tokens but the last, which is only predicted.
+    Attributes:
+        ids, position, query, branch: of every token, ``(T,)``; ``branch`` is
+            the label that the token belongs to, or ``TRUNK``.
+        stops: the places in the row whose next-token distribution is needed.
+        slots: for each query the index in ``stops`` of its last token and, a
+            label, those of the label's own tokens but the last, which is only
+            predicted.
+    """
+
+    ids: torch.Tensor
+    position: torch.Tensor
+    query: torch.Tensor
+    branch: torch.Tensor
+    stops: list
+    slots: list
+
+
+def _lay_out(pack, labels, start, whole=None):
+    """Lay the queries of a pack side by side, their labels branching off.
+
+    Args:
+        pack: ``(n, ids)`` of each query.
+        labels: ids of each label.
+        start: the position after the prefix.
+        whole: a label whose last token is to stand in the row as well.
     """
     tokens, stops, slots = [], [], []
     for n, query in pack:
@@ -139,11 +169,14 @@ def _lay_out(pack, labels, start):
         last, inner = len(stops) - 1, []
         for branch, label in enumerate(labels):
             inner.append(range(len(stops), len(stops) + len(label) - 1))
-            for s, t in enumerate(label[:-1], start + len(query)):
+            for s, t in enumerate(label, start + len(query)):
+                if s < start + len(query) + len(label) - 1:
+                    stops.append(len(tokens))
+                elif branch != whole:
+                    continue
                 tokens.append((t, s, n, branch))
-                stops.append(len(tokens) - 1)
         slots.append((last, inner))
-    return tokens, stops, slots
+    return _Layout(*torch.tensor(tokens).T, stops, slots)
 
 
 def _mask(query, branch, prefix_length, dtype):
@@ -156,23 +189,29 @@ def _mask(query, branch, prefix_length, dtype):
     return mask[None, None]
 
 
-def _run_pack(model, keys_values, prefix, pack, labels):
-    """Yields ``(n, label, score)``: one forward pass over a row of queries."""
-    tokens, stops, slots = _lay_out(pack, labels, len(prefix))
-    ids, positions, query, branch = torch.tensor(tokens).T
+def _run(model, keys_values, layout):
+    """One forward pass over a row: logits at the stops, and the cache after it."""
     cache = DynamicCache(config=model.config)
     for layer, (keys, values) in enumerate(keys_values):
         cache.update(keys, values, layer)
+    mask = _mask(layout.query, layout.branch, cache.get_seq_length(), model.dtype)
     logits = model(
-        ids[None].to(model.device),
-        attention_mask=_mask(query, branch, len(prefix), model.dtype).to(model.device),
-        position_ids=positions[None].to(model.device),
+        layout.ids[None].to(model.device),
+        attention_mask=mask.to(model.device),
+        position_ids=layout.position[None].to(model.device),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=torch.tensor(stops, device=model.device),
+        logits_to_keep=torch.tensor(layout.stops, device=model.device),
     ).logits[0]
+    return logits, cache
+
+
+def _label_scores(logits, layout, labels):
+    """Mean log-probability of each label, a list of them a query."""
     exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
     log_p = torch.log_softmax(logits.to(exact), dim=-1).cpu().numpy()
-    for (n, _), (last, inner) in zip(pack, slots, strict=True):
-        for c, (label, rows) in enumerate(zip(labels, inner, strict=True)):
-            yield n, c, log_p[[last, *rows], label].mean()
+    for last, inner in layout.slots:
+        yield [
+            log_p[[last, *rows], label].mean()
+            for label, rows in zip(labels, inner, strict=True)
+        ]

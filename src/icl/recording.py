@@ -1,0 +1,198 @@
+"""What attention does while queries are scored, kept on disk.
+
+The recording rides on the packed pass of :mod:`icl.scoring`: a pack's attention
+outputs, queries and scores are written to one safetensors file as soon as the
+pack has run, so memory does not grow with the number of queries.
+"""
+
+import re
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from icl import scoring
+from icl.heads import watch_queries
+
+#: Which token is read: the prompt's last, from which the label is predicted, or
+#: the last of the first label's word behind it, which the code of Dai et al. reads.
+POSITIONS = ("prompt", "label")
+
+
+class Recording(NamedTuple):
+    """What :func:`record` kept, for N queries in their order.
+
+    Attributes:
+        scores: as :func:`icl.scoring.score` gives them, ``(N, C)``.
+        outputs: outputs of the attention modules at the position that was read,
+            after the output projection and before the residual, ``(N, L, d)``.
+        queries: the attention queries there, ``(N, L, H, d_h)``.
+        own: N arrays ``(L, H, n)``: scores before the softmax over the query's
+            own tokens, the one that is read included.
+        demonstrations: the same over the tokens of the prefix, of the first
+            queries only, ``(attended, L, H, P)``.
+    """
+
+    scores: np.ndarray
+    outputs: np.ndarray
+    queries: np.ndarray
+    own: list
+    demonstrations: np.ndarray
+
+
+@torch.inference_mode()
+def record(
+    model,
+    tokenizer,
+    queries,
+    label_words,
+    demonstrations="",
+    *,
+    folder,
+    position="prompt",
+    attended=100,
+):
+    """Score queries and keep what attention did at one of their tokens.
+
+    Args:
+        model, tokenizer, queries, label_words, demonstrations: as for
+            :func:`icl.scoring.score`.
+        folder: where to write; it appears when the last pack has run, so a
+            killed run leaves none.
+        position: one of ``POSITIONS``.
+        attended: for how many of the first queries the scores over the prefix
+            are kept (the original code's figures for Kendall's tau use 100).
+
+    Returns:
+        the :class:`Recording`, as :func:`read` reads it from ``folder``.
+
+    Raises:
+        ValueError: an unknown position, a folder that exists, a model whose
+            attention cannot be reached; and see :func:`icl.scoring.score`.
+        FloatingPointError: the model's output is not finite.
+    """
+    folder = Path(folder)
+    if position not in POSITIONS:
+        raise ValueError(f"position {position!r} is not one of {', '.join(POSITIONS)}")
+    if folder.exists():
+        raise ValueError(f"the folder {folder} exists; delete it or name another")
+    prefix, encoded, labels = scoring._encode(
+        tokenizer, queries, label_words, demonstrations
+    )
+    scoring._check_length(model, prefix, encoded, labels)
+    keys_values = scoring._encode_prefix(model, prefix)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        for number, pack in enumerate(scoring._packs(encoded, labels)):
+            layout = scoring._lay_out(
+                pack, labels, len(prefix), whole=0 if position == "label" else None
+            )
+            found = _run(model, keys_values, layout, pack, labels, position, attended)
+            save_file(found, scratch / f"{number:05d}.safetensors")
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return read(folder)
+
+
+def read(folder) -> Recording:
+    """The recording that lies in ``folder``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"there is no recording in {folder}")
+    packs = [load_file(file) for file in files]
+
+    def gather(name, by):
+        order = np.argsort(np.concatenate([pack[by] for pack in packs]))
+        return np.concatenate([pack[name] for pack in packs])[order]
+
+    own = {}
+    for pack in packs:
+        ends = np.cumsum(pack["lengths"])[:-1]
+        parts = np.split(pack["own"], ends, axis=-1)
+        own.update(zip(pack["n"].tolist(), parts, strict=True))
+    return Recording(
+        scores=gather("scores", "n"),
+        outputs=gather("outputs", "n"),
+        queries=gather("queries", "n"),
+        own=[own[n] for n in sorted(own)],
+        demonstrations=gather("demonstrations", "attended"),
+    )
+
+
+def _run(model, keys_values, layout, pack, labels, position, attended):
+    """Run a pack; returns the arrays of its file."""
+    with watch_queries(model) as queries, _watch_outputs(model) as outputs:
+        logits, cache = scoring._run(model, keys_values, layout)
+    scores = np.array(list(scoring._label_scores(logits, layout, labels)))
+    scoring._check_finite(model, scores)
+    if not len(queries) == len(outputs) == len(cache.layers):
+        raise ValueError(
+            f"the attention of {type(model).__name__} cannot be reached; covered are "
+            "gpt2, opt, xglm, gpt_neox, llama and qwen"
+        )
+    numbers = [n for n, _ in pack]
+    branches = [scoring.TRUNK] + ([0] if position == "label" else [])
+    mine = torch.isin(layout.branch, torch.tensor(branches))
+    columns = [(mine & (layout.query == n)).nonzero()[:, 0] for n in numbers]
+    places = torch.stack([column[-1] for column in columns])
+    read_by = [layer[:, places] for layer in queries]
+    maps = torch.stack(
+        [
+            _scores(q, layer.keys[0])
+            for q, layer in zip(read_by, cache.layers, strict=True)
+        ]
+    )
+    start = maps.shape[-1] - len(layout.ids)
+    own = [maps[:, :, i, start + column] for i, column in enumerate(columns)]
+    chosen = [i for i, n in enumerate(numbers) if n < attended]
+    return {
+        "n": np.array(numbers),
+        "scores": scores,
+        "outputs": _array(torch.stack([rows[places] for rows in outputs], 1)),
+        "queries": _array(torch.stack(read_by, 1).permute(2, 1, 0, 3)),
+        "own": _array(torch.cat(own, -1)),
+        "lengths": np.array([len(column) for column in columns]),
+        "attended": np.array([numbers[i] for i in chosen], dtype=np.int64),
+        "demonstrations": _array(maps[:, :, chosen, :start].permute(2, 0, 1, 3)),
+    }
+
+
+def _scores(query, keys):
+    """``(H, p, P + T)`` from queries of every head and keys that heads may share."""
+    shared = query.reshape(len(keys), -1, query.shape[-1])
+    return (shared @ keys.mT).reshape(*query.shape[:2], -1)
+
+
+def _array(tensor):
+    return tensor.float().contiguous().cpu().numpy()
+
+
+@contextmanager
+def _watch_outputs(model):
+    """A list that collects the output ``(T, d)`` of every attention module."""
+    collected = []
+
+    def keep(module, inputs, output):
+        collected.append(output[0][0])
+
+    hooks = [
+        module.register_forward_hook(keep)
+        for name, module in model.named_modules()
+        if re.search(r"\.(attn|self_attn|attention)$", name)
+    ]
+    try:
+        yield collected
+    finally:
+        for hook in hooks:
+            hook.remove()
