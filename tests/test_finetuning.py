@@ -1,11 +1,14 @@
 """K/V-only SGD against PyTorch's own optimiser with frozen parts, all families."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from conftest import tiny_model
 
-from icl.finetuning import kv_sgd, updated
+from icl.finetuning import kv_projections, kv_sgd, updated
+from icl.heads import attention_inputs, watch_queries
 
 TEXTS = ["the film was good Positive", "a dull story Negative", "not boring Positive"]
 
@@ -78,6 +81,98 @@ def test_weights_return_after_an_error(model, tokenizer):
     assert all(map(torch.equal, model.parameters(), before))
 
 
+def test_ascent_is_descent_with_the_sign_turned(tokenizer):
+    model = tiny_model("llama")
+    down, _ = kv_sgd(model, tokenizer, TEXTS[:1], 0.05)
+    up, _ = kv_sgd(model, tokenizer, TEXTS[:1], -0.05)
+    for name, change in down.items():
+        torch.testing.assert_close(up[name], -change, atol=1e-6, rtol=1e-4)
+
+
+def test_loss_over_completions_alone(model, tokenizer):
+    prompts, words = ["the film was good", "a dull story"], ["Unclearly", "Negative"]
+    update, losses = kv_sgd(model, tokenizer, prompts[:1], 0.05, words[:1])
+    ids = tokenizer("the film was good Unclearly", add_special_tokens=False)
+    ids, given = torch.tensor([ids["input_ids"]]), 4
+    weights = {n: model.get_parameter(n).requires_grad_(True) for n in update}
+    log_p = model(ids).logits[0].log_softmax(-1)
+    want = -sum(log_p[t - 1, ids[0, t]] for t in range(given, ids.shape[1])) / 3
+    gradients = torch.autograd.grad(want, list(weights.values()))
+    model.requires_grad_(False)
+    assert losses[0] == pytest.approx(want.item(), abs=1e-5)
+    for (name, change), gradient in zip(update.items(), gradients, strict=True):
+        part = kv_projections(model)[name](gradient)
+        torch.testing.assert_close(change, -0.05 * part, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_layer_causal_descent(family, tokenizer):
+    """Each block against a model that is cut off right behind that block."""
+    whole = tiny_model(family)
+    update, losses = kv_sgd(whole, tokenizer, TEXTS[:1], 0.05, layer_causal=True)
+    ids = tokenizer(TEXTS[0], add_special_tokens=False, return_tensors="pt")
+    ids, total = ids["input_ids"], 0.0
+    for depth in range(1, 4):
+        cut = tiny_model(family)
+        inner = {"gpt2": "transformer", "llama": "model", "opt": "model.decoder"}
+        stack = cut.get_submodule(inner[family])
+        name = "h" if family == "gpt2" else "layers"
+        setattr(stack, name, getattr(stack, name)[:depth])
+        if family == "gpt2":
+            cut.config.n_layer = depth
+        else:
+            cut.config.num_hidden_layers = depth
+        own = {
+            n: cut.get_parameter(n).requires_grad_(True)
+            for n in update
+            if f".{depth - 1}." in n
+        }
+        assert own
+        logits = cut(ids, use_cache=False).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+        total += loss.item()
+        gradients = torch.autograd.grad(loss, list(own.values()))
+        for name, gradient in zip(own, gradients, strict=True):
+            part = kv_projections(whole)[name](gradient)
+            torch.testing.assert_close(update[name], -0.05 * part, atol=1e-6, rtol=1e-4)
+    assert losses[0] == pytest.approx(total, abs=1e-4)
+
+
+def test_blocks_of_one_step_do_not_meet(model, tokenizer):
+    """In all families: the first block's update ignores what comes after it."""
+    update, _ = kv_sgd(model, tokenizer, TEXTS[:1], 0.05, layer_causal=True)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in changed.named_parameters():
+            if ".2." in name:
+                parameter.mul_(2)
+    again, _ = kv_sgd(changed, tokenizer, TEXTS[:1], 0.05, layer_causal=True)
+    whole, _ = kv_sgd(changed, tokenizer, TEXTS[:1], 0.05)
+    for name, change in update.items():
+        if ".0." in name or ".1." in name:
+            torch.testing.assert_close(again[name], change, atol=0, rtol=0)
+            if (
+                change.dim() > 1
+            ):  # key biases have no gradient: softmax is blind to them
+                assert not torch.allclose(whole[name], change, atol=1e-5)
+
+
+def test_queries_of_training_tokens_at_their_own_step(tokenizer):
+    model = tiny_model("llama")
+    with watch_queries(model) as queries:
+        kv_sgd(model, tokenizer, TEXTS, 0.05)
+    assert len(queries) == 3 * len(TEXTS)
+    for step, text in enumerate(TEXTS):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        before = kv_sgd(model, tokenizer, TEXTS[:step], 0.05)[0] if step else {}
+        with updated(model, before):
+            want = attention_inputs(model, ids)
+        for layer in range(3):
+            torch.testing.assert_close(
+                queries[3 * step + layer], want[layer].query, atol=1e-5, rtol=1e-4
+            )
+
+
 def test_divergence_is_named_and_undone(tokenizer):
     model = tiny_model("llama")
     before = [p.clone() for p in model.parameters()]
@@ -89,8 +184,12 @@ def test_divergence_is_named_and_undone(tokenizer):
 def test_bad_input(tokenizer):
     with pytest.raises(ValueError, match="given were 0 texts and learning rate 0.1"):
         kv_sgd(tiny_model("gpt2"), tokenizer, [], 0.1)
-    with pytest.raises(ValueError, match="learning rate -1"):
-        kv_sgd(tiny_model("gpt2"), tokenizer, TEXTS, -1)
+    with pytest.raises(ValueError, match="learning rate 0"):
+        kv_sgd(tiny_model("gpt2"), tokenizer, TEXTS, 0)
+    with pytest.raises(ValueError, match="3 texts but 2 completions"):
+        kv_sgd(tiny_model("gpt2"), tokenizer, TEXTS, 1, completions=["a", "b"])
+    with pytest.raises(ValueError, match="empty completion"):
+        kv_sgd(tiny_model("gpt2"), tokenizer, TEXTS, 1, completions=["a", "", "b"])
     config = transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9)
     bloom = transformers.BloomForCausalLM(config)
     with pytest.raises(ValueError, match="no key and .* found in BloomForCausalLM"):

@@ -43,46 +43,62 @@ def kv_projections(model):
     return parts
 
 
-def kv_sgd(model, tokenizer, texts, learning_rate):
+def kv_sgd(
+    model, tokenizer, texts, learning_rate, completions=None, layer_causal=False
+):
     """One pass of SGD over ``texts`` on the key and value projections.
 
     The loss is the next-token cross-entropy averaged over all tokens of a text
     but its first (Dai et al. 2023, as their code computes it). The model is
-    left as it was.
+    left as it was. :func:`icl.heads.watch_queries` around the call collects the
+    training tokens' attention queries, a layer after the other, a text after
+    the other, each at the text's own step.
 
     Args:
         model: from :func:`icl.models.load_model`.
         tokenizer: its tokenizer; texts are encoded without added tokens.
         texts: training texts in order, each one step.
-        learning_rate: the step size, constant.
+        learning_rate: the step size, constant; a negative one ascends.
+        completions: what follows each text, a list as long; given, the loss is
+            the mean over the completion's tokens alone.
+        layer_causal: the variant of Deutch et al. (2024), as their code
+            computes it. Every block is trained by itself: its input is held
+            fixed, its output goes straight through the model's last norm and
+            output embedding, and its loss moves no other block.
 
     Returns:
         ``(update, losses)``: ``{parameter name: ΔW}`` on the views of
         :func:`kv_projections`, to be used with :func:`updated`, and the loss
-        of each text before its own step.
+        of each text before its own step (summed over blocks if layer-causal).
 
     Raises:
-        ValueError: no texts, or a learning rate that is not positive.
+        ValueError: no texts, completions that are not as many or empty, a
+            learning rate of zero, or an architecture that is not covered.
         FloatingPointError: the loss is no longer finite; the message says at
             which step.
     """
-    if not texts or not learning_rate > 0:
+    if not texts or not abs(learning_rate) > 0:
         raise ValueError(
-            f"finetuning needs texts and a positive learning rate; given were "
+            f"finetuning needs texts and a learning rate other than 0; given were "
             f"{len(texts)} texts and learning rate {learning_rate!r}"
         )
+    examples = _encode(tokenizer, texts, completions)
     parts = kv_projections(model)
     weights = {name: model.get_parameter(name) for name in parts}
     before = {name: w.detach().clone() for name, w in weights.items()}
+    all_logits = _block_logits if layer_causal else _logits
     losses = []
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
-        for step, text in enumerate(texts, 1):
-            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-            ids = ids["input_ids"].to(model.device)
-            logits = model(ids, use_cache=False).logits[0, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+        for step, (ids, first) in enumerate(examples, 1):
+            ids = torch.tensor(ids, device=model.device)
+            loss = sum(
+                torch.nn.functional.cross_entropy(
+                    logits[first - 1 : -1].float(), ids[first:]
+                )
+                for logits in all_logits(model, ids[None])
+            )
             losses.append(loss.item())
             if not torch.isfinite(loss):
                 raise FloatingPointError(
@@ -105,6 +121,65 @@ def kv_sgd(model, tokenizer, texts, learning_rate):
             for name, weight in weights.items():
                 weight.requires_grad_(False).copy_(before[name])
     return update, losses
+
+
+def _encode(tokenizer, texts, completions):
+    """``(ids, first)`` of each text: the first token that the loss is taken over."""
+
+    def encode(some):
+        return tokenizer(list(some), add_special_tokens=False)["input_ids"]
+
+    if completions is None:
+        return [(ids, 1) for ids in encode(texts)]
+    if len(completions) != len(texts):
+        raise ValueError(f"{len(texts)} texts but {len(completions)} completions")
+    ends = encode(completions)
+    if not all(ends):
+        raise ValueError("an empty completion leaves no token to take the loss over")
+    return [(a + b, len(a)) for a, b in zip(encode(texts), ends, strict=True)]
+
+
+def _logits(model, ids):
+    return [model(ids, use_cache=False).logits[0]]
+
+
+def _block_logits(model, ids):
+    """The next-token logits of every block's output, gradients kept apart."""
+    found, hooks = [], []
+
+    def detach(block, args, options):
+        if args:
+            return (args[0].detach(), *args[1:]), options
+        return args, options | {"hidden_states": options["hidden_states"].detach()}
+
+    def keep(block, args, output):
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    stack, blocks = _blocks(model)
+    try:
+        for block in blocks:
+            hooks.append(block.register_forward_pre_hook(detach, with_kwargs=True))
+            hooks.append(block.register_forward_hook(keep))
+        model(ids, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names = ("norm", "ln_f", "final_layer_norm", "layer_norm", "project_out")
+    last = [getattr(stack, n) for n in names if getattr(stack, n, None) is not None]
+    for states in found:
+        for module in last:
+            states = module(states)
+        yield model.get_output_embeddings()(states)[0]
+
+
+def _blocks(model):
+    """The module that holds the transformer blocks, and the list of them."""
+    for stack in model.modules():
+        for name in ("layers", "h"):
+            blocks = getattr(stack, name, None)
+            if isinstance(blocks, torch.nn.ModuleList):
+                return stack, blocks
+    raise ValueError(f"the blocks of {type(model).__name__} cannot be found")
 
 
 @contextmanager
