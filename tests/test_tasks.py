@@ -8,7 +8,7 @@ import pytest
 from conftest import word_tokenizer
 
 from icl import tasks
-from icl.tasks import Task, load_task, prompt_prefix
+from icl.tasks import Task, demonstration_of_tokens, load_task, prompt_prefix
 
 PROMPTS = {
     "sst2": ("Sentence: a b Label:", ["Negative", "Positive"]),
@@ -198,6 +198,16 @@ def test_how_many_demonstrations_fit(data):
         message = rf"9 demonstrations of mr take 63 tokens, .* {room}: 8 demonst"
         with pytest.raises(ValueError, match=message):
             prompt_prefix(task, many, tokenizer, context=6 + 1 + room)
+
+
+def test_whose_token_is_it(data):
+    task, tokenizer = load_task("mr"), word_tokenizer()
+    same = [task.train[0]] * 2
+    owner = demonstration_of_tokens(task, same, tokenizer, "eos")
+    assert owner.tolist() == [-1, *[0] * 7, -1, *[1] * 7, -1]
+    assert demonstration_of_tokens(task, [], tokenizer, "eos").tolist() == [-1]
+    with pytest.raises(ValueError, match="merges demonstration 0 with the separator"):
+        demonstration_of_tokens(task, same, tokenizer, "zz")
 
 
 def test_digest_sees_every_part(data):

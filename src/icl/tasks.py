@@ -161,6 +161,38 @@ def prompt_prefix(task, demonstrations, tokenizer, separator="\n", context=None)
     return start + "".join(pieces)
 
 
+def demonstration_of_tokens(task, demonstrations, tokenizer, separator="\n"):
+    """Which demonstration each token of :func:`prompt_prefix` belongs to.
+
+    Args:
+        task, demonstrations, tokenizer, separator: as for :func:`prompt_prefix`.
+
+    Returns:
+        integers ``(P,)``: 0 for tokens of the first demonstration and so on, -1
+        for separators and the token at the front.
+
+    Raises:
+        ValueError: the tokenizer merges a demonstration with its separator, so
+            that its tokens are not those it has by itself.
+    """
+    whole = prompt_prefix(task, demonstrations, tokenizer, separator)
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    owner, place = np.full(len(ids), -1), 0
+    texts = [task.demonstration(example) for example in demonstrations]
+    alone = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    for number, text in enumerate(alone):
+        starts = range(place, len(ids) - len(text) + 1)
+        place = next((i for i in starts if ids[i : i + len(text)] == text), None)
+        if place is None:
+            raise ValueError(
+                f"the tokenizer merges demonstration {number} with the separator "
+                f"{separator!r}; choose a separator that stays a token of its own"
+            )
+        owner[place : place + len(text)] = number
+        place += len(text)
+    return owner
+
+
 def token_counts(tokenizer, texts) -> list[int]:
     """Tokens of each text, without the tokenizer's own additions."""
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
