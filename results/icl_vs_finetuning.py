@@ -18,12 +18,13 @@ from icl.tasks import load_task
 
 TABLE = "icl_vs_finetuning"
 SEPARATORS = {"newline": "\n", "eos": "eos"}
-DEMONSTRATIONS = 32
+DEMONSTRATIONS = {"cb": 19, "agnews": 22}  # as the original code; 32 for the others
 
 
 def main(model_name, task_name, separator, finetune):
     task = load_task(task_name)
     model, tokenizer = load_model(model_name)
+    k = DEMONSTRATIONS.get(task_name, 32)
     rows, about = [], {}
     if table_path(TABLE).exists():
         table, about = read_table(TABLE)
@@ -40,7 +41,7 @@ def main(model_name, task_name, separator, finetune):
             **fixed,
             data_sha256=task.digest(),
             data_source=task.source,
-            demonstrations=DEMONSTRATIONS,
+            demonstrations=k,
             seeds=list(SEEDS),
         ),
     )
@@ -58,7 +59,7 @@ def main(model_name, task_name, separator, finetune):
         tokenizer,
         task,
         SEPARATORS[separator],
-        DEMONSTRATIONS,
+        k,
         finetune,
         done=done,
     )
