@@ -40,16 +40,19 @@ serve: book  ## read the book at http://localhost:8000
 	@echo "http://localhost:$(PORT) (stop with control-C)"
 	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/book/html
 
-results: $(READY)  ## make the tables in results/ again (an hour and a half)
+results: $(READY)  ## make the tables in results/ again (three hours)
 	@start=$$SECONDS; $(BIN)/python results/icl_vs_finetuning.py --task mr \
 	  && $(BIN)/python results/icl_vs_finetuning.py --task mr --separator eos --icl-only \
-	  && echo "results/icl_vs_finetuning.csv after $$((SECONDS - start)) s"
+	  && $(BIN)/python results/meta_gradients.py \
+	  && $(BIN)/python results/learners.py \
+	  && echo "tables in results/ after $$((SECONDS - start)) s"
 
-bench: $(READY)  ## measure the scorer against lm-evaluation-harness
-	@echo "installing the benchmark's own requirements ..."
+bench: $(READY)  ## measure scoring and streaming attention against their peers
+	@echo "installing the benchmarks' own requirements ..."
 	@$(BIN)/pip install $(LOCK) -r benchmarks/requirements.txt
-	@start=$$SECONDS; $(BIN)/python benchmarks/scoring.py \
-	  && echo "benchmark after $$((SECONDS - start)) s"
+	@start=$$SECONDS; $(BIN)/python benchmarks/streaming.py \
+	  && $(BIN)/python benchmarks/scoring.py \
+	  && echo "benchmarks after $$((SECONDS - start)) s"
 
 clean:  ## delete what was built (not .venv, not the downloads)
 	@rm -rf _build .pytest_cache .ruff_cache .hypothesis && echo "deleted _build and caches"

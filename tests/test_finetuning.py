@@ -7,7 +7,12 @@ import torch
 import transformers
 from conftest import tiny_model
 
-from icl.finetuning import kv_projections, kv_sgd, updated
+from icl.finetuning import (
+    heads_on_frozen_inputs,
+    kv_projections,
+    kv_sgd,
+    updated,
+)
 from icl.heads import attention_inputs, watch_queries
 
 TEXTS = ["the film was good Positive", "a dull story Negative", "not boring Positive"]
@@ -155,6 +160,21 @@ def test_blocks_of_one_step_do_not_meet(model, tokenizer):
                 change.dim() > 1
             ):  # key biases have no gradient: softmax is blind to them
                 assert not torch.allclose(whole[name], change, atol=1e-5)
+
+
+def test_heads_on_frozen_inputs(model, tokenizer):
+    """Layer l reads what it reads when no layer below has been updated."""
+    update, _ = kv_sgd(model, tokenizer, TEXTS, 0.5)
+    ids = [0, 5, 7, 9]
+    frozen = heads_on_frozen_inputs(model, update, ids, start=3)
+    before = attention_inputs(model, ids, start=3)
+    for layer in range(3):
+        alone = {n: w for n, w in update.items() if f".{layer}." in n}
+        with updated(model, alone):
+            want = attention_inputs(model, ids, start=3)[layer]
+        for part, other in zip(frozen[layer], want, strict=True):
+            torch.testing.assert_close(part, other, atol=1e-6, rtol=1e-6)
+        assert (frozen[layer].value - before[layer].value).abs().max() > 0.01
 
 
 def test_queries_of_training_tokens_at_their_own_step(tokenizer):

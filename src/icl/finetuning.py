@@ -6,12 +6,17 @@ weight decay or clipping, dropout off. Only the key and value projections of
 every layer move, weights and biases.
 """
 
-import re
 from contextlib import contextmanager
 
 import torch
+from transformers import DynamicCache
 
-from icl.heads import attention_inputs
+from icl.heads import (
+    attention_inputs,
+    attention_modules,
+    from_cache,
+    watch_queries,
+)
 
 
 def kv_projections(model):
@@ -206,8 +211,8 @@ def heads_on_frozen_inputs(model, update, ids, start=0):
     """The heads after finetuning, each layer on the inputs it had before.
 
     Dai et al. (2023, eq. 13) compare ``W_V X`` with ``(W_V + ΔW_V) X``: the
-    same ``X``. So layer ``l`` is read with its own update alone and every layer
-    below as it was.
+    same ``X``. So the inputs of every attention module are taken from the model
+    as it was, and only the modules themselves are run with the update.
 
     Args:
         model: from :func:`icl.models.load_model`.
@@ -217,12 +222,29 @@ def heads_on_frozen_inputs(model, update, ids, start=0):
     Returns:
         one :class:`icl.heads.Heads` a layer.
     """
-    layers = {}
-    for name, change in update.items():
-        layer = int(re.search(r"\.(\d+)\.", name)[1])
-        layers.setdefault(layer, {})[name] = change
-    found = []
-    for layer in sorted(layers):
-        with updated(model, layers[layer]):
-            found.append(attention_inputs(model, ids, start=start)[layer])
-    return found
+    calls, cache = [], DynamicCache(config=model.config)
+
+    def keep(module, args, options):
+        calls.append((module, args, options))
+
+    hooks = [
+        module.register_forward_pre_hook(keep, with_kwargs=True)
+        for module in attention_modules(model)
+    ]
+    try:
+        attention_inputs(model, ids, start=start)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    def fresh(value):  # the first pass has filled its own cache
+        return cache if isinstance(value, DynamicCache) else value
+
+    with (
+        torch.inference_mode(),
+        updated(model, update),
+        watch_queries(model) as queries,
+    ):
+        for module, args, options in calls:
+            module(*map(fresh, args), **{n: fresh(v) for n, v in options.items()})
+    return from_cache(queries, cache)

@@ -1,5 +1,6 @@
 """What a head attends with: its queries, keys and values, in any covered family."""
 
+import re
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -67,6 +68,11 @@ def attention_inputs(model, ids, prefix=None, start=None):
             f"the queries of {type(model).__name__} cannot be reached; covered are "
             "gpt2, opt, xglm, gpt_neox, llama and qwen"
         )
+    return from_cache(queries, cache)
+
+
+def from_cache(queries, cache):
+    """One :class:`Heads` a layer from :func:`watch_queries` and the pass's cache."""
     return [
         Heads(query, _repeated(layer.keys, query), _repeated(layer.values, query))
         for query, layer in zip(queries, cache.layers, strict=True)
@@ -128,6 +134,15 @@ def _shared(model, heads):
 
 def _repeated(shared, query):
     return shared[0].repeat_interleave(len(query) // shared.shape[1], 0)
+
+
+def attention_modules(model):
+    """The attention module of every layer, in order."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if re.search(r"\.(attn|self_attn|attention)$", name)
+    ]
 
 
 def stack(layers):

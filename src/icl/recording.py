@@ -5,7 +5,6 @@ outputs, queries and scores are written to one safetensors file as soon as the
 pack has run, so memory does not grow with the number of queries.
 """
 
-import re
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from icl import scoring
-from icl.heads import watch_queries
+from icl.heads import attention_modules, watch_queries
 
 #: Which token is read: the prompt's last, from which the label is predicted, or
 #: the last of the first label's word behind it, which the code of Dai et al. reads.
@@ -186,11 +185,7 @@ def _watch_outputs(model):
     def keep(module, inputs, output):
         collected.append(output[0][0])
 
-    hooks = [
-        module.register_forward_hook(keep)
-        for name, module in model.named_modules()
-        if re.search(r"\.(attn|self_attn|attention)$", name)
-    ]
+    hooks = [m.register_forward_hook(keep) for m in attention_modules(model)]
     try:
         yield collected
     finally:
