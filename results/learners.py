@@ -262,25 +262,30 @@ PARTS = {
     "regressor": (regressor, 5),
     "covariance": (covariance, 5),
 }
+SETTINGS = {
+    "depth": DEPTH,
+    "regressor": REGRESSOR | REGRESSOR_TRAINING,
+    "covariance": COVARIANCE | {"spectrum": SPECTRUM},
+}
 
 
 def main():
-    rows = []
+    rows, about = [], {}
     if table_path(TABLE).exists():
-        rows = read_table(TABLE)[0].to_dict("records")
+        table, about = read_table(TABLE)
+        rows = table.to_dict("records")
     done = {(r["part"], r["seed"]) for r in rows}
-    about = provenance(
-        seeds={name: list(range(n)) for name, (_, n) in PARTS.items()},
-        tasks=TASKS,
-        regressor=REGRESSOR | REGRESSOR_TRAINING,
-        depth=DEPTH,
-        covariance=COVARIANCE | {"spectrum": SPECTRUM},
-    )
     for name, (part, seeds) in PARTS.items():
         for seed in range(seeds):
             if (name, seed) in done:
                 continue
             rows += [{"part": name, "seed": seed, **found} for found in part(seed)]
+            about[f"{name}/{seed}"] = provenance(
+                data="drawn from the seed",
+                seeds=[seed],
+                tasks=TASKS,
+                settings=SETTINGS[name],
+            )
             write_table(TABLE, [short(r) for r in rows], about)
             print(name, seed, flush=True)
 

@@ -46,6 +46,8 @@ def main(model_name, tasks, seeds):
             ]
             rows += [fixed | row for row in found]
             about[f"{model_name}/{name}/{seed}"] = provenance(
+                model=model_name,
+                seeds=[seed],
                 data_sha256=task.digest(),
                 data_source=task.source,
                 demonstrations=K,

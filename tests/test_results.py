@@ -47,6 +47,7 @@ def test_committed_tables_say_what_made_them():
         assert origin, f"{path.name} has no record of its origin"
         runs = [] if "source" in origin else origin.values()
         for run in runs:
-            assert {"command", "commit", "model", "data_sha256", "seeds", "torch"} <= {
-                *run
-            }
+            assert {"command", "commit", "seeds", "torch"} <= {*run}
+            drawn = run.get("data") == "drawn from the seed"
+            assert drawn or {"model", "data_sha256"} <= {*run}
+            assert "dirty" not in run["commit"], f"{path.name} is of no commit"
