@@ -199,13 +199,17 @@ def depth(seed):
 
 
 def covariances(dim):
-    """One spectrum, along the axes and turned: ``{name: Σ}``; mean variance 1."""
+    """One spectrum along the axes, turned, and none: ``{name: Σ}``; mean variance 1."""
     values = torch.tensor(SPECTRUM[:dim])
     values = dim * values / values.sum()
     g = torch.Generator().manual_seed(0)
     U = torch.linalg.qr(torch.randn(dim, dim, generator=g))[0]
     turned = (U * values) @ U.T
-    return {"along the axes": torch.diag(values), "turned": (turned + turned.T) / 2}
+    return {
+        "along the axes": torch.diag(values),
+        "turned": (turned + turned.T) / 2,
+        "isotropic": torch.eye(dim),
+    }
 
 
 def cosine(A, B):
