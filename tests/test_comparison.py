@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
-from icl.comparison import LEARNING_RATES, protocol
+from icl.comparison import (
+    LEARNING_RATES,
+    finetune_watched,
+    protocol,
+    similarities,
+)
 from icl.finetuning import kv_sgd, updated
+from icl.heads import attention_inputs
+from icl.metrics import kendall, simam
+from icl.recording import record
 from icl.scoring import score
-from icl.tasks import Task, prompt_prefix
+from icl.tasks import Task, demonstration_of_tokens, prompt_prefix
 
 TEXTS = ["good film", "dull story", "bright actors", "boring plot", "very moving"]
 ROWS = [{"text": t, "label": n % 2} for n, t in enumerate(TEXTS)]
@@ -80,3 +88,68 @@ def test_divergence_is_a_run_without_predictions(model, tokenizer):
     *_, diverged, fine = [run[3] for run in found]
     assert diverged is None
     assert fine is not None
+
+
+def test_similarities_from_separate_passes(model, tokenizer, tmp_path):
+    """Kendall and SimAM again, every prompt and every training step by itself."""
+    examples = TASK.sample(3, 1)
+    texts = [TASK.demonstration(e) for e in examples]
+    prefix = prompt_prefix(TASK, examples, tokenizer, "eos")
+    owner = demonstration_of_tokens(TASK, examples, tokenizer, "eos")
+    queries = [TASK.query(e) for e in TASK.evaluation]
+    arguments = model, tokenizer, queries, TASK.label_words
+    zsl = record(*arguments, folder=tmp_path / "zsl")
+    icl = record(*arguments, prefix, folder=tmp_path / "icl", attended=2)
+    update, training = finetune_watched(model, tokenizer, texts, 0.05)
+    with updated(model, update):
+        ft = record(*arguments, folder=tmp_path / "ft")
+    found = similarities(zsl, ft, icl, training, owner)
+    assert found["Kendall"].values.shape == (2, 3)
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    trained = []  # tokens' queries, each text behind the steps before it
+    for step, text in enumerate(texts):
+        before = kv_sgd(model, tokenizer, texts[:step], 0.05)[0] if step else {}
+        with updated(model, before):
+            trained.append(
+                [h.query.numpy() for h in attention_inputs(model, encode(text))]
+            )
+    columns = [i for i, o in enumerate(owner) if o >= 0]
+    for n, query in enumerate(queries):
+        context = attention_inputs(model, encode(prefix) + encode(query))
+        with updated(model, update):
+            after = attention_inputs(model, encode(query))
+        for l in range(3):  # noqa: E741
+            scores = (context[l].key @ context[l].query[:, -1, :, None])[..., 0].numpy()
+            own = (after[l].key @ after[l].query[:, -1, :, None])[..., 0].numpy()
+            maps = [[own[None]], [scores[None, :, len(owner) :]]]
+            want = simam(*maps).values[0, 0]
+            got = found["SimAM after"].values[n, l]
+            assert got == pytest.approx(want, abs=1e-4)
+            if n < 2:
+                m_icl = sum(scores[h] for h in range(4))[columns]
+                q = after[l].query[:, -1].numpy()
+                m_ft = [
+                    sum(step[l][h, t] @ q[h] for h in range(4))
+                    for step in trained
+                    for t in range(step[l].shape[1])
+                ]
+                # rounding may turn a pair that is nearly tied
+                want = kendall(m_icl[None, None], np.array(m_ft)[None, None]).mean
+                assert found["Kendall"].values[n, l] == pytest.approx(want, abs=0.02)
+
+
+def test_similarities_need_the_same_demonstrations(model, tokenizer, tmp_path):
+    examples = TASK.sample(3, 1)
+    prefix = prompt_prefix(TASK, examples, tokenizer, "eos")
+    owner = demonstration_of_tokens(TASK, examples, tokenizer, "eos")
+    run = record(
+        model, tokenizer, ["good"], ["Positive"], prefix, folder=tmp_path / "run"
+    )
+    _, training = finetune_watched(model, tokenizer, ["good film"], 0.05)
+    with pytest.raises(
+        ValueError, match="tokens of demonstrations, but finetuning saw 2"
+    ):
+        similarities(run, run, run, training, owner)

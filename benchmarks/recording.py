@@ -1,0 +1,138 @@
+"""The recording pass against the original way of recording, in one process.
+
+The original code runs every query by itself behind its whole prompt and writes
+what it records as JSON text. Prints, for SmolLM2 and MR behind 32
+demonstrations:
+
+1. seconds of the original way over seconds of ``icl.recording.record``, for the
+   in-context pass and for a whole setting (zero-shot, in context, finetuning,
+   finetuned; all recordings; all measures), results compared;
+2. seconds of recording over seconds of scoring alone, and the peak memory.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from icl.comparison import finetune_watched, similarities
+from icl.finetuning import updated
+from icl.heads import watch_queries
+from icl.models import load_model
+from icl.recording import _watch_outputs, record
+from icl.scoring import score
+from icl.tasks import demonstration_of_tokens, load_task, prompt_prefix
+
+SEED, DEMONSTRATIONS, LEARNING_RATE = 5, 32, 1e-3
+
+
+def main(n_queries, n_overhead):
+    model, tokenizer = load_model(device="cpu", dtype=torch.float32)
+    task = load_task("mr")
+    demonstrations = task.sample(DEMONSTRATIONS, SEED)
+    prefix = prompt_prefix(task, demonstrations, tokenizer)
+    texts = [task.demonstration(e) for e in demonstrations]
+    queries = [task.query(e) for e in task.evaluation[:n_queries]]
+    words = task.label_words
+    score(model, tokenizer, queries[:4], words, prefix)  # warm-up
+    print(f"{torch.get_num_threads()} threads, {n_queries} queries")
+    with tempfile.TemporaryDirectory() as folder:
+        ways = {"packed": packed, "one by one": one_by_one}
+        took, found = {}, {}
+        for way, run in ways.items():
+            run = timed(run, model, tokenizer, queries, words, Path(folder) / way)
+            owner = demonstration_of_tokens(task, demonstrations, tokenizer)
+            took[way], found[way] = setting(model, tokenizer, texts, prefix, owner, run)
+        for part in ("in context", "whole setting"):
+            ours, theirs = (took[way][part] for way in ways)
+            print(f"{part}: {theirs:.1f} s / {ours:.1f} s = {theirs / ours:.1f} x")
+        for name, value in found["packed"].items():
+            print(f"{name}: {value:+.6f}, one by one {found['one by one'][name]:+.6f}")
+
+        more = [task.query(e) for e in task.evaluation[:n_overhead]]
+        arguments = model, tokenizer, more, words, prefix
+        alone, _ = timed(score, *arguments)()
+        with_all, _ = timed(record, *arguments, folder=Path(folder) / "more")()
+        print(
+            f"recording / scoring alone, {n_overhead} queries: {with_all / alone:.2f}"
+        )
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory of this process {memory:.1f} GiB")
+
+
+def timed(function, *arguments, **options):
+    def run(*more, **others):
+        start = time.perf_counter()
+        found = function(*arguments, *more, **options, **others)
+        return time.perf_counter() - start, found
+
+    return run
+
+
+def setting(model, tokenizer, texts, prefix, owner, run):
+    """Seconds of the parts of one setting, and its measures."""
+    start = time.perf_counter()
+    _, zsl = run("zsl", "")
+    in_context, icl = run("icl", prefix)
+    update, training = finetune_watched(model, tokenizer, texts, LEARNING_RATE)
+    with updated(model, update):
+        _, ft = run("ft", "")
+    measures = similarities(zsl, ft, icl, training, owner)
+    whole = time.perf_counter() - start
+    measures = {name: found.mean for name, found in measures.items()}
+    return {"in context": in_context, "whole setting": whole}, measures
+
+
+def packed(model, tokenizer, queries, words, folder, name, prefix):
+    return record(model, tokenizer, queries, words, prefix, folder=folder / name)
+
+
+class Rows:
+    """What was read back from JSON, under the names of a Recording."""
+
+    def __init__(self, rows):
+        for name in ("outputs", "queries", "demonstrations"):
+            setattr(self, name, np.array([row[name] for row in rows]))
+        self.own = [np.array(row["own"]) for row in rows]
+
+
+@torch.inference_mode()
+def one_by_one(model, tokenizer, queries, words, folder, name, prefix):
+    """Every query behind its own copy of the prompt; records as lines of JSON."""
+    folder.mkdir(exist_ok=True)
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    before = encode(prefix)
+    with open(folder / f"{name}.jsonl", "w") as file:
+        for query in queries:
+            ids = torch.tensor([before + encode(query)])
+            with watch_queries(model) as seen, _watch_outputs(model) as outputs:
+                cache = model(ids, use_cache=True).past_key_values
+            maps = []
+            for q, layer in zip(seen, cache.layers, strict=True):
+                keys = layer.keys[0].repeat_interleave(len(q) // layer.keys.shape[1], 0)
+                maps.append((keys @ q[:, -1, :, None])[..., 0])
+            row = {
+                "outputs": [o[-1].tolist() for o in outputs],
+                "queries": [q[:, -1].tolist() for q in seen],
+                "own": [m[:, len(before) :].tolist() for m in maps],
+                "demonstrations": [m[:, : len(before)].tolist() for m in maps],
+            }
+            file.write(json.dumps(row) + "\n")
+    with open(folder / f"{name}.jsonl") as file:
+        return Rows([json.loads(line) for line in file])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--queries", type=int, default=50)
+    parser.add_argument("--overhead", type=int, default=200)
+    options = parser.parse_args()
+    main(options.queries, options.overhead)
