@@ -89,7 +89,8 @@ def setting(model, tokenizer, texts, prefix, owner, run):
 
 
 def packed(model, tokenizer, queries, words, folder, name, prefix):
-    return record(model, tokenizer, queries, words, prefix, folder=folder / name)
+    folder = folder / name
+    return record(model, tokenizer, queries, words, prefix, folder=folder)["prompt"]
 
 
 class Rows:

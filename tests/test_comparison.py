@@ -98,11 +98,11 @@ def test_similarities_from_separate_passes(model, tokenizer, tmp_path):
     owner = demonstration_of_tokens(TASK, examples, tokenizer, "eos")
     queries = [TASK.query(e) for e in TASK.evaluation]
     arguments = model, tokenizer, queries, TASK.label_words
-    zsl = record(*arguments, folder=tmp_path / "zsl")
-    icl = record(*arguments, prefix, folder=tmp_path / "icl", attended=2)
+    zsl = record(*arguments, folder=tmp_path / "zsl")["prompt"]
+    icl = record(*arguments, prefix, folder=tmp_path / "icl", attended=2)["prompt"]
     update, training = finetune_watched(model, tokenizer, texts, 0.05)
     with updated(model, update):
-        ft = record(*arguments, folder=tmp_path / "ft")
+        ft = record(*arguments, folder=tmp_path / "ft")["prompt"]
     found = similarities(zsl, ft, icl, training, owner)
     assert found["Kendall"].values.shape == (2, 3)
 
@@ -148,6 +148,7 @@ def test_similarities_need_the_same_demonstrations(model, tokenizer, tmp_path):
     run = record(
         model, tokenizer, ["good"], ["Positive"], prefix, folder=tmp_path / "run"
     )
+    run = run["prompt"]
     _, training = finetune_watched(model, tokenizer, ["good film"], 0.05)
     with pytest.raises(
         ValueError, match="tokens of demonstrations, but finetuning saw 2"

@@ -56,36 +56,36 @@ def level(scores):
     return scores - scores.mean(-1, keepdims=True)
 
 
-@pytest.mark.parametrize("position", recording.POSITIONS)
+@pytest.mark.parametrize("positions", [("prompt",), ("label",), ("prompt", "label")])
 @pytest.mark.parametrize("prefix", [PREFIX, ""], ids=["demonstrations", "zero-shot"])
 def test_recording_is_each_prompt_alone(
-    model, tokenizer, tmp_path, position, prefix, monkeypatch
+    model, tokenizer, tmp_path, positions, prefix, monkeypatch
 ):
     monkeypatch.setattr(scoring, "PACK_TOKENS", 30)
-    got = record(
+    found = record(
         model,
         tokenizer,
         QUERIES,
         LABELS,
         prefix,
         folder=tmp_path / "run",
-        position=position,
+        positions=positions,
         attended=3,
     )
-    want = score(model, tokenizer, QUERIES, LABELS, prefix)
-    np.testing.assert_allclose(got.scores, want, atol=1e-4)
-    for n, query in enumerate(QUERIES):
-        outputs, logs, start = alone(model, tokenizer, prefix, query, position)
-        np.testing.assert_allclose(got.outputs[n], outputs, atol=1e-4)
-        assert got.own[n].shape == logs[..., start:].shape
-        both = got.own[n]
-        if n < 3:
-            both = np.concatenate([got.demonstrations[n], both], -1)
-            np.testing.assert_allclose(level(both), level(logs), atol=1e-3)
-        np.testing.assert_allclose(
-            level(got.own[n]), level(logs[..., start:]), atol=1e-3
-        )
-    assert len(got.demonstrations) == 3
+    assert set(found) == set(positions)
+    scores = score(model, tokenizer, QUERIES, LABELS, prefix)
+    for position, got in found.items():
+        np.testing.assert_allclose(got.scores, scores, atol=1e-4)
+        assert len(got.demonstrations) == 3
+        for n, query in enumerate(QUERIES):
+            outputs, logs, start = alone(model, tokenizer, prefix, query, position)
+            np.testing.assert_allclose(got.outputs[n], outputs, atol=1e-4)
+            assert got.own[n].shape == logs[..., start:].shape
+            own = level(got.own[n])
+            np.testing.assert_allclose(own, level(logs[..., start:]), atol=1e-3)
+            if n < 3:
+                both = np.concatenate([got.demonstrations[n], got.own[n]], -1)
+                np.testing.assert_allclose(level(both), level(logs), atol=1e-3)
 
 
 def test_queries_make_the_scores(tokenizer, tmp_path):
@@ -94,6 +94,7 @@ def test_queries_make_the_scores(tokenizer, tmp_path):
 
     model = tiny_model("qwen3")
     got = record(model, tokenizer, QUERIES, LABELS, PREFIX, folder=tmp_path / "run")
+    got = got["prompt"]
     for n, query in enumerate(QUERIES):
         ids = encode(tokenizer, PREFIX) + encode(tokenizer, query)
         for l, heads in enumerate(attention_inputs(model, ids)):  # noqa: E741
@@ -109,7 +110,8 @@ def test_read_again(tokenizer, tmp_path):
     got = record(model, tokenizer, QUERIES, LABELS, PREFIX, folder=tmp_path / "run")
     again = read(tmp_path / "run")
     for name in ("scores", "outputs", "queries", "demonstrations"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(got, name))
+        one, two = (getattr(found["prompt"], name) for found in (got, again))
+        np.testing.assert_array_equal(one, two)
 
 
 def test_a_killed_run_leaves_nothing(tokenizer, tmp_path, monkeypatch):
@@ -134,7 +136,8 @@ def test_a_killed_run_leaves_nothing(tokenizer, tmp_path, monkeypatch):
 
 def test_bad_input(tokenizer, tmp_path):
     arguments = tiny_model("gpt2"), tokenizer, QUERIES, LABELS, PREFIX
-    with pytest.raises(ValueError, match="'last' is not one of prompt, label"):
-        record(*arguments, folder=tmp_path / "run", position="last")
+    for wrong in (("last",), "label", ()):
+        with pytest.raises(ValueError, match="some of prompt, label, not"):
+            record(*arguments, folder=tmp_path / "run", positions=wrong)
     with pytest.raises(ValueError, match="exists; delete it"):
         record(*arguments, folder=tmp_path)

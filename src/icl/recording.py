@@ -53,22 +53,22 @@ def record(
     demonstrations="",
     *,
     folder,
-    position="prompt",
+    positions=("prompt",),
     attended=100,
 ):
-    """Score queries and keep what attention did at one of their tokens.
+    """Score queries and keep what attention did at one or two of their tokens.
 
     Args:
         model, tokenizer, queries, label_words, demonstrations: as for
             :func:`icl.scoring.score`.
         folder: where to write; it appears when the last pack has run, so a
             killed run leaves none.
-        position: one of ``POSITIONS``.
+        positions: which of ``POSITIONS`` are read, in one and the same pass.
         attended: for how many of the first queries the scores over the prefix
             are kept (the original code's figures for Kendall's tau use 100).
 
     Returns:
-        the :class:`Recording`, as :func:`read` reads it from ``folder``.
+        ``{position: Recording}``, as :func:`read` reads it from ``folder``.
 
     Raises:
         ValueError: an unknown position, a folder that exists, a model whose
@@ -76,8 +76,10 @@ def record(
         FloatingPointError: the model's output is not finite.
     """
     folder = Path(folder)
-    if position not in POSITIONS:
-        raise ValueError(f"position {position!r} is not one of {', '.join(POSITIONS)}")
+    if isinstance(positions, str) or not positions or {*positions} - {*POSITIONS}:
+        raise ValueError(
+            f"positions must be some of {', '.join(POSITIONS)}, not {positions!r}"
+        )
     if folder.exists():
         raise ValueError(f"the folder {folder} exists; delete it or name another")
     prefix, encoded, labels = scoring._encode(
@@ -89,28 +91,34 @@ def record(
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         for number, pack in enumerate(scoring._packs(encoded, labels)):
-            layout = scoring._lay_out(
-                pack, labels, len(prefix), whole=0 if position == "label" else None
-            )
-            found = _run(model, keys_values, layout, pack, labels, position, attended)
-            save_file(found, scratch / f"{number:05d}.safetensors")
+            whole = 0 if "label" in positions else None
+            layout = scoring._lay_out(pack, labels, len(prefix), whole)
+            found = _run(model, keys_values, layout, pack, labels, positions, attended)
+            for position, arrays in found.items():
+                save_file(arrays, scratch / f"{position}-{number:05d}.safetensors")
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return read(folder)
 
 
-def read(folder) -> Recording:
-    """The recording that lies in ``folder``.
+def read(folder) -> dict:
+    """The recording that lies in ``folder``, ``{position: Recording}``.
 
     Raises:
         ValueError: there is none.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
+    found = {}
+    for position in POSITIONS:
+        files = sorted(Path(folder).glob(f"{position}-*.safetensors"))
+        if files:
+            found[position] = _join([load_file(file) for file in files])
+    if not found:
         raise ValueError(f"there is no recording in {folder}")
-    packs = [load_file(file) for file in files]
+    return found
 
+
+def _join(packs):
     def gather(name, by):
         order = np.argsort(np.concatenate([pack[by] for pack in packs]))
         return np.concatenate([pack[name] for pack in packs])[order]
@@ -129,8 +137,8 @@ def read(folder) -> Recording:
     )
 
 
-def _run(model, keys_values, layout, pack, labels, position, attended):
-    """Run a pack; returns the arrays of its file."""
+def _run(model, keys_values, layout, pack, labels, positions, attended):
+    """Run a pack; returns the arrays of its file, for each position."""
     with watch_queries(model) as queries, _watch_outputs(model) as outputs:
         logits, cache = scoring._run(model, keys_values, layout)
     scores = np.array(list(scoring._label_scores(logits, layout, labels)))
@@ -140,30 +148,41 @@ def _run(model, keys_values, layout, pack, labels, position, attended):
             f"the attention of {type(model).__name__} cannot be reached; covered are "
             "gpt2, opt, xglm, gpt_neox, llama and qwen"
         )
-    numbers = [n for n, _ in pack]
-    branches = [scoring.TRUNK] + ([0] if position == "label" else [])
-    mine = torch.isin(layout.branch, torch.tensor(branches))
-    columns = [(mine & (layout.query == n)).nonzero()[:, 0] for n in numbers]
+    found = {}
+    for position in positions:
+        branches = [scoring.TRUNK] + ([0] if position == "label" else [])
+        mine = torch.isin(layout.branch, torch.tensor(branches))
+        columns = [(mine & (layout.query == n)).nonzero()[:, 0] for n, _ in pack]
+        arrays = _at_the_last(columns, queries, outputs, cache, len(layout.ids))
+        chosen = [i for i, (n, _) in enumerate(pack) if n < attended]
+        found[position] = {
+            "n": np.array([n for n, _ in pack]),
+            "scores": scores,
+            **arrays,
+            "attended": np.array([pack[i][0] for i in chosen], dtype=np.int64),
+            "demonstrations": np.ascontiguousarray(arrays["demonstrations"][chosen]),
+        }
+    return found
+
+
+def _at_the_last(columns, queries, outputs, cache, tokens):
+    """What each query's last column reads; ``columns`` are its places in the row."""
     places = torch.stack([column[-1] for column in columns])
     read_by = [layer[:, places] for layer in queries]
     maps = torch.stack(
         [
-            _scores(q, layer.keys[0])
-            for q, layer in zip(read_by, cache.layers, strict=True)
+            _scores(query, layer.keys[0])
+            for query, layer in zip(read_by, cache.layers, strict=True)
         ]
     )
-    start = maps.shape[-1] - len(layout.ids)
+    start = maps.shape[-1] - tokens
     own = [maps[:, :, i, start + column] for i, column in enumerate(columns)]
-    chosen = [i for i, n in enumerate(numbers) if n < attended]
     return {
-        "n": np.array(numbers),
-        "scores": scores,
         "outputs": _array(torch.stack([rows[places] for rows in outputs], 1)),
         "queries": _array(torch.stack(read_by, 1).permute(2, 1, 0, 3)),
         "own": _array(torch.cat(own, -1)),
         "lengths": np.array([len(column) for column in columns]),
-        "attended": np.array([numbers[i] for i in chosen], dtype=np.int64),
-        "demonstrations": _array(maps[:, :, chosen, :start].permute(2, 0, 1, 3)),
+        "demonstrations": _array(maps[..., :start].permute(2, 0, 1, 3)),
     }
 
 
