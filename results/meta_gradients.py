@@ -17,7 +17,7 @@ from icl.finetuning import kv_sgd
 from icl.meta_gradients import encode_prompt, ft_update, icl_update, relaxation
 from icl.models import DEFAULT, load_model
 from icl.results import provenance, read_table, table_path, write_table
-from icl.tasks import load_task
+from icl.tasks import PAPER_TASKS, load_task
 
 TABLE = "meta_gradients"
 K, LEARNING_RATE, RANK = 16, 1e-3, 4  # demonstrations, of finetuning, of subspaces
@@ -130,13 +130,14 @@ def weights(model, tokenizer, task, seed):
 
 
 def row(measure, which, weights, value):
+    value = float(f"{value:.6g}")
     return {"measure": measure, "of": which, "weights": weights, "value": value}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=DEFAULT)
-    parser.add_argument("--tasks", nargs="+", default=["mr"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(1, 8)))
+    parser.add_argument("--tasks", nargs="+", default=list(PAPER_TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(1, 6)))
     options = parser.parse_args()
     main(options.model, options.tasks, options.seeds)
