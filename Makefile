@@ -47,10 +47,11 @@ results: $(READY)  ## make the tables in results/ again (three hours)
 	  && $(BIN)/python results/learners.py \
 	  && echo "tables in results/ after $$((SECONDS - start)) s"
 
-bench: $(READY)  ## measure scoring and streaming attention against their peers
+bench: $(READY)  ## measure scoring, recording and streaming against their peers
 	@echo "installing the benchmarks' own requirements ..."
 	@$(BIN)/pip install $(LOCK) -r benchmarks/requirements.txt
 	@start=$$SECONDS; $(BIN)/python benchmarks/streaming.py \
+	  && $(BIN)/python benchmarks/recording.py \
 	  && $(BIN)/python benchmarks/scoring.py \
 	  && echo "benchmarks after $$((SECONDS - start)) s"
 
