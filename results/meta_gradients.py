@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from icl.duality import frobenius_cosine, subspace_overlap
 from icl.finetuning import kv_sgd
+from icl.heads import attention_inputs
 from icl.meta_gradients import encode_prompt, ft_update, icl_update, relaxation
 from icl.models import DEFAULT, load_model
 from icl.results import provenance, read_table, table_path, write_table
@@ -90,9 +91,10 @@ def weights(model, tokenizer, task, seed):
         "shuffled tokens": prompt[:1] + order,
         "other demonstrations": encode_prompt(task, other, tokenizer, context),
     }
+    read = {name: attention_inputs(model, ids) for name, ids in prompts.items()}
     icl = {
-        (name, form): icl_update(model, ids, centred=form == "centred")
-        for name, ids in prompts.items()
+        (name, form): icl_update(layers, centred=form == "centred")
+        for name, layers in read.items()
         for form in ("raw", "centred")
     }
     texts = [task.demonstration(e) for e in demonstrations]

@@ -137,7 +137,8 @@ def test_first_order_guess_is_exact_for_small_scores():
 
 
 def test_icl_update(llama):
-    raw, centred = icl_update(llama, PROMPT), icl_update(llama, PROMPT, centred=True)
+    layers = attention_inputs(llama, PROMPT)
+    raw, centred = icl_update(layers), icl_update(layers, centred=True)
     for layer, (_, K, V) in enumerate(heads_alone(llama, PROMPT)):
         for h in range(4):
             k, v = K[h, 1:], V[h, 1:]

@@ -118,16 +118,16 @@ def _measure(heads, alone, end):
     }
 
 
-def icl_update(model, prompt, centred=False):
+def icl_update(layers, centred=False):
     """``ΔW_ICL`` of every head, ``(L, H, d_h, d_h)``: what a prompt's tokens add.
 
     Args:
-        model: from :func:`icl.models.load_model`.
-        prompt: ids from :func:`encode_prompt`; the opening token is left out.
-        centred: take keys and values relative to their means, which removes
-            the part that a shift of all keys can make or unmake.
+        layers: from :func:`icl.heads.attention_inputs` of a prompt
+            (:func:`encode_prompt`); the opening token is left out.
+        centred: take the keys relative to their mean, which removes the part
+            that a shift of all keys can make or unmake.
     """
-    _, key, value = _wide(attention_inputs(model, prompt))
+    _, key, value = _wide(layers)
     key, value = key[..., 1:, :], value[..., 1:, :]
     if centred:
         key = key - key.mean(-2, keepdim=True)
