@@ -1,78 +1,229 @@
-"""Predictions by the protocol of Dai et al., run by run (icl.comparison).
+"""The comparison of Dai et al., run by run (icl.comparison).
 
-A row holds the predicted label ids of all evaluation examples as a string of
-digits, empty where finetuning diverged; the row "labels" holds the true ones.
-Rows that the table already has are not computed again, so a killed run goes on
-where it stopped.
+Two tables grow, a row or two a run; what they have is not computed again, so a
+killed run goes on where it stopped.
+
+- ``icl_vs_finetuning``: predicted label ids of all evaluation examples as a
+  string of digits, plain and batch-calibrated, empty where finetuning diverged.
+  The row "labels" holds the true ones. "FT" is gradient descent, "LCGD" its
+  layer-causal variant at the same learning rates.
+- ``similarities``: what recording the zero-shot, in-context and finetuned passes
+  gives: every measure's mean, its bootstrap interval over examples, and its
+  means by layer.
+
+The learning rate is searched from coarse to fine (icl.comparison.protocol).
 """
 
 import argparse
+import shutil
 
 import numpy as np
 import pandas as pd
 
-from icl.comparison import SEEDS, protocol
+from icl import metrics
+from icl.comparison import SEEDS, Subject, protocol, similarities
+from icl.finetuning import updated
 from icl.models import DEFAULT, load_model
-from icl.results import provenance, read_table, table_path, write_table
-from icl.tasks import load_task
+from icl.recording import POSITIONS, read
+from icl.results import (
+    ROOT,
+    add_rows,
+    check_origin,
+    provenance,
+    read_table,
+    table_path,
+)
+from icl.tasks import demonstration_of_tokens, load_task
 
-TABLE = "icl_vs_finetuning"
+ANSWERS, SIMILARITIES = "icl_vs_finetuning", "similarities"
 SEPARATORS = {"newline": "\n", "eos": "eos"}
 DEMONSTRATIONS = {"cb": 19, "agnews": 22}  # as the original code; 32 for the others
+RUN = ["setting", "seed", "learning_rate"]
+STRIDE = 4
+
+
+class Runs:
+    """One model, task and separator: runs to make, and runs made."""
+
+    def __init__(self, model_name, task_name, separator):
+        self.task = load_task(task_name)
+        self.subject = Subject(
+            *load_model(model_name), self.task, SEPARATORS[separator]
+        )
+        self.k = DEMONSTRATIONS.get(task_name, 32)
+        self.fixed = {"model": model_name, "task": task_name, "separator": separator}
+        self.part = "/".join(self.fixed.values())
+        self.facts = provenance(
+            **self.fixed,
+            data_sha256=self.task.digest(),
+            data_source=self.task.source,
+            demonstrations=self.k,
+            seeds=list(SEEDS),
+        )
+        self.folder = ROOT / "_build" / "recordings" / self.part
+        self.done, self.calibrated, self.measured = {}, set(), set()
+        self.searched = None  # the seed at which the learning rate is searched
+        for name in (ANSWERS, SIMILARITIES):
+            if table_path(name).exists():
+                table, about = read_table(name)
+                check_origin(name, about, self.part, self.facts)
+                mine = (table[list(self.fixed)] == list(self.fixed.values())).all(
+                    axis=1
+                )
+                self._take(name, table[mine])
+        if ("labels", 0, 0.0) not in self.done:
+            exact = np.eye(len(self.task.label_words))[self.task.labels()]
+            self.keep(("labels", 0, 0.0), exact)
+
+    def _take(self, name, rows):
+        keys = list(rows[RUN].itertuples(index=False, name=None))
+        if name == SIMILARITIES:
+            self.measured = set(keys)
+            return
+        self.done = dict(zip(keys, map(digits, rows.predictions), strict=True))
+        if "calibrated" in rows:
+            known = zip(keys, rows.calibrated.notna(), strict=True)
+            self.calibrated = {key for key, there in known if there}
+
+    def keep(self, run, scores, part=""):
+        """Add a run to the table; ``scores`` is ``None`` where it diverged."""
+        row = dict.fromkeys(("predictions", "calibrated"), "")
+        if scores is not None:
+            row = {
+                "predictions": text(scores.argmax(1)),
+                "calibrated": text(metrics.calibrated(scores).argmax(1)),
+            }
+            self.done[run] = scores.argmax(1)
+        else:
+            self.done[run] = None
+        row = self.fixed | dict(zip(RUN, run, strict=True)) | row
+        key = [*self.fixed, *RUN]
+        add_rows(ANSWERS, [row], key, self.part + part, self.facts)
+
+    def report(self, run):
+        hits = np.nan
+        if self.done[run] is not None:
+            hits = (self.done[run] == self.task.labels()).mean()
+        print(self.part, *run, f"{hits:.4f}", flush=True)
+        return self.done[run]
+
+    def answer(self, *run):
+        """Predictions of a run; it is made, without recording, if not there."""
+        if run not in self.done:
+            setting, seed, rate = run
+            examples = self.task.sample(self.k, seed) if setting != "ZSL" else []
+            try:
+                if setting == "FT":
+                    update, _ = self.subject.finetune(examples, rate)
+                    with updated(self.subject.model, update):
+                        scores = self.subject.score()
+                else:
+                    scores = self.subject.score(examples)
+            except FloatingPointError:
+                scores = None
+            self.keep(run, scores)
+        return self.report(run)
+
+    def answer_and_record(self, *run):
+        """:meth:`answer`, with recordings but for the search of the rate."""
+        setting, seed, _ = run
+        if setting == "FT":
+            self.searched = self.searched or seed
+            if seed == self.searched:
+                return self.answer(*run)
+            self.measure(*run)
+        elif run not in self.calibrated:
+            self.keep(run, self.recording(setting, seed)["prompt"].scores, "/recorded")
+        return self.report(run)
+
+    def recording(self, setting, seed):
+        """The recording of a zero-shot or in-context run, kept on disk."""
+        folder = self.folder / f"{setting}-{seed}"
+        if folder.exists():
+            return read(folder)
+        examples = self.task.sample(self.k, seed) if setting == "ICL" else []
+        return self.subject.record(folder, examples)
+
+    def measure(self, *run):
+        """Finetune, record and compare; a row for each measure and position."""
+        if run in self.measured:
+            return
+        setting, seed, rate = run
+        examples = self.task.sample(self.k, seed)
+        folder = self.folder / f"{setting}-{seed}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+        causal = setting == "LCGD"
+        try:
+            update, training = self.subject.finetune(
+                examples, rate, layer_causal=causal
+            )
+            with updated(self.subject.model, update):
+                ft = self.subject.record(folder)
+        except FloatingPointError:
+            self.keep(run, None, "/recorded")
+            return
+        shutil.rmtree(folder)
+        self.keep(run, ft["prompt"].scores, "/recorded")
+        owner = demonstration_of_tokens(
+            self.task, examples, self.subject.tokenizer, self.subject.separator
+        )
+        zsl, icl = self.recording("ZSL", 0), self.recording("ICL", seed)
+        rows = []
+        for position in POSITIONS:
+            three = zsl[position], ft[position], icl[position]
+            found = similarities(*three, training, owner)
+            rows += [
+                self.fixed
+                | dict(zip(RUN, run, strict=True))
+                | {"position": position, "measure": name}
+                | summary(value)
+                for name, value in found.items()
+            ]
+        key = [*self.fixed, *RUN, "position", "measure"]
+        add_rows(SIMILARITIES, rows, key, self.part, self.facts)
+        self.measured.add(run)
+
+
+def summary(found):
+    """A measure in one row; its layers' means as numbers with spaces between."""
+    mean, low, high = metrics.bootstrap_interval(found.per_example)
+    return {
+        "examples": len(found.values),
+        "mean": round(mean, 6),
+        "low": round(low, 6),
+        "high": round(high, 6),
+        "undefined": found.undefined,
+        "layers": " ".join(f"{m:.4f}" for m in found.per_layer),
+    }
+
+
+def digits(string):
+    """Label ids from a string of digits, ``None`` from an empty one."""
+    return None if pd.isna(string) else np.array(list(map(int, string)))
+
+
+def text(predictions):
+    return "" if predictions is None else "".join(map(str, predictions))
 
 
 def main(model_name, task_name, separator, finetune):
-    task = load_task(task_name)
-    model, tokenizer = load_model(model_name)
-    k = DEMONSTRATIONS.get(task_name, 32)
-    rows, about = [], {}
-    if table_path(TABLE).exists():
-        table, about = read_table(TABLE)
-        rows = table.to_dict("records")
-    fixed = {"model": model_name, "task": task.name, "separator": separator}
-    mine = [r for r in rows if {f: r[f] for f in fixed} == fixed]
-    done = {
-        (r["setting"], r["seed"], r["learning_rate"]): digits(r["predictions"])
-        for r in mine
-    }
-    about.setdefault(
-        "/".join(fixed.values()),
-        provenance(
-            **fixed,
-            data_sha256=task.digest(),
-            data_source=task.source,
-            demonstrations=k,
-            seeds=list(SEEDS),
-        ),
-    )
-
-    def keep(setting, seed, rate, predictions):
-        found = "" if predictions is None else "".join(map(str, predictions))
-        key = {"setting": setting, "seed": seed, "learning_rate": rate}
-        rows.append(fixed | key | {"predictions": found})
-        write_table(TABLE, rows, about)
-
-    if ("labels", 0, 0.0) not in done:
-        keep("labels", 0, 0.0, task.labels())
-    runs = protocol(
-        model,
-        tokenizer,
-        task,
-        SEPARATORS[separator],
-        k,
-        finetune,
-        done=done,
-    )
-    for setting, seed, rate, predictions in runs:
-        if (setting, seed, rate) not in done:
-            keep(setting, seed, rate, predictions)
-        right = np.nan if predictions is None else (predictions == task.labels()).mean()
-        print(*fixed.values(), setting, seed, rate, f"{right:.4f}", flush=True)
-
-
-def digits(text):
-    """Label ids from a string of digits, ``None`` from an empty one."""
-    return None if pd.isna(text) else np.array(list(map(int, text)))
+    runs = Runs(model_name, task_name, separator)
+    labels = runs.task.labels()
+    if not finetune:
+        for _ in protocol(runs.answer, labels, finetune=False):
+            pass
+        return
+    hits = {}
+    made = protocol(runs.answer_and_record, labels, stride=STRIDE)
+    for setting, seed, rate, predictions in made:
+        if setting == "FT" and seed == runs.searched and predictions is not None:
+            hits[rate] = (predictions == labels).mean()
+    rate = max(sorted(hits), key=hits.get)
+    for seed in SEEDS:
+        for setting in ("FT", "LCGD"):
+            runs.measure(setting, seed, rate)
+            runs.report((setting, seed, rate))
+    shutil.rmtree(runs.folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from conftest import tiny_model
 
 from icl.comparison import (
     LEARNING_RATES,
+    Subject,
     finetune_watched,
+    predictor,
     protocol,
     similarities,
 )
@@ -41,9 +43,8 @@ def test_grid_of_the_paper():
 
 def test_runs_and_picks(model, tokenizer):
     seeds, rates = (1, 2, 3), (0.01, 0.3)
-    found = list(
-        protocol(model, tokenizer, TASK, " ", 3, seeds=seeds, learning_rates=rates)
-    )
+    run = predictor(Subject(model, tokenizer, TASK, " "), 3)
+    found = list(protocol(run, TASK.labels(), seeds=seeds, rates=rates))
     runs = {run[:3]: run[3] for run in found}
     assert len(runs) == len(found) == 1 + 3 + 2 + 2
     icl = {s: right(runs["ICL", s, 0.0]) for s in seeds}
@@ -56,7 +57,8 @@ def test_runs_and_picks(model, tokenizer):
 
 
 def test_runs_are_what_they_say(model, tokenizer):
-    found = protocol(model, tokenizer, TASK, " ", 3, seeds=(2,), learning_rates=(0.05,))
+    run = predictor(Subject(model, tokenizer, TASK, " "), 3)
+    found = protocol(run, TASK.labels(), seeds=(2,), rates=(0.05,))
     zsl, icl, ft = [run[3] for run in found]
     queries = [TASK.query(e) for e in ROWS]
     lessons = TASK.sample(3, 2)
@@ -72,19 +74,41 @@ def test_runs_are_what_they_say(model, tokenizer):
         np.testing.assert_array_equal(ft, predict(""))
 
 
-def test_finished_runs_are_not_repeated(model, tokenizer, monkeypatch):
-    again = dict(seeds=(1, 2), learning_rates=(0.01,))
-    first = list(protocol(model, tokenizer, TASK, " ", 3, **again))
-    done = {run[:3]: run[3] for run in first}
-    monkeypatch.setattr("icl.comparison.score", lambda *_: pytest.fail("computed"))
-    second = list(protocol(model, tokenizer, TASK, " ", 3, **again, done=done))
-    assert [run[:3] for run in second] == [run[:3] for run in first]
+def accuracy_of(rate):
+    """One peak on the grid, at the rate of index 22."""
+    return 100 - abs(LEARNING_RATES.index(rate) - 22)
+
+
+@pytest.mark.parametrize("stride", [1, 4, 8])
+def test_search_from_coarse_to_fine_finds_a_single_peak(stride):
+    labels, tried = np.ones(100), []
+
+    def run(setting, seed, rate):
+        tried.append((setting, seed, rate))
+        hits = accuracy_of(rate) if setting == "FT" else seed
+        return (np.arange(100) < hits).astype(int)
+
+    found = list(protocol(run, labels, stride=stride))
+    assert [run[:3] for run in found] == tried
+    assert len(set(tried)) == len(tried)
+    assert {r for s, seed, r in tried if (s, seed) == ("FT", 1)} == {LEARNING_RATES[22]}
+    rates = [r for s, seed, r in tried if (s, seed) == ("FT", 7)]
+    assert len(rates) == {1: 36, 4: 9 + 2 + 2, 8: 5 + 2 + 2 + 2}[stride]
+
+
+def test_search_stops_at_the_ends_of_the_grid():
+    def run(setting, seed, rate):
+        return np.array([rate <= LEARNING_RATES[0]], int)
+
+    found = protocol(run, np.ones(1), seeds=(1,), stride=4)
+    rates = [run[2] for run in found if run[0] == "FT"]
+    assert sorted(rates)[:3] == list(LEARNING_RATES[:3])
+    assert len(rates) == 9 + 2
 
 
 def test_divergence_is_a_run_without_predictions(model, tokenizer):
-    found = protocol(
-        model, tokenizer, TASK, " ", 3, seeds=(1,), learning_rates=(math.inf, 0.01)
-    )
+    run = predictor(Subject(model, tokenizer, TASK, " "), 3)
+    found = protocol(run, TASK.labels(), seeds=(1,), rates=(math.inf, 0.01))
     *_, diverged, fine = [run[3] for run in found]
     assert diverged is None
     assert fine is not None

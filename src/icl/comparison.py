@@ -7,93 +7,144 @@ itself, as in the paper (appendix B), so every run is kept: the picked one is to
 be seen among the others.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl import metrics
 from icl.finetuning import kv_sgd, updated
 from icl.heads import watch_queries
+from icl.recording import POSITIONS, record
 from icl.scoring import score
-from icl.tasks import prompt_prefix
+from icl.tasks import Task, prompt_prefix
 
 SEEDS = tuple(range(1, 8))
 LEARNING_RATES = tuple(m * s / 1e4 for s in (1, 10, 100, 1000) for m in range(1, 10))
 
 
-def protocol(
-    model,
-    tokenizer,
-    task,
-    separator="\n",
-    k=32,
-    finetune=True,
-    seeds=SEEDS,
-    learning_rates=LEARNING_RATES,
-    done=None,
-):
-    """Run the protocol, yielding each run as it ends.
+@dataclass(frozen=True)
+class Subject:
+    """A model before a task, in one prompt layout.
 
-    Args:
+    Attributes:
         model, tokenizer: from :func:`icl.models.load_model`.
         task: a :class:`icl.tasks.Task`; all its evaluation examples are used.
         separator: see :func:`icl.tasks.prompt_prefix`.
-        k: the number of demonstrations.
-        finetune: ``False`` stops after ICL.
-        seeds, learning_rates: what to try.
-        done: ``{(setting, seed, learning_rate): predictions}`` of runs that need
-            not be computed again; they are yielded too.
-
-    Yields:
-        ``(setting, seed, learning_rate, predictions)``: setting ``"ZSL"`` (seed
-        and rate 0), ``"ICL"`` (rate 0) or ``"FT"``; predicted label ids
-        ``(N,)``, or ``None`` where finetuning diverged.
-
-    Raises:
-        ValueError: see :func:`icl.scoring.score` and
-            :func:`icl.tasks.prompt_prefix`.
     """
-    done, accuracies = done or {}, {}
-    queries = [task.query(example) for example in task.evaluation]
-    context = getattr(model.config, "max_position_embeddings", None)
-    alone = prompt_prefix(task, [], tokenizer, separator, context)
 
-    def predict(prefix):
-        return score(model, tokenizer, queries, task.label_words, prefix).argmax(1)
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    separator: str = "\n"
 
-    def in_context(seed, _):
-        examples = task.sample(k, seed)
-        return predict(prompt_prefix(task, examples, tokenizer, separator, context))
+    def prefix(self, examples=()) -> str:
+        """What stands before a query with these demonstrations.
 
-    def finetuned(seed, rate):
-        texts = [alone + task.demonstration(e) for e in task.sample(k, seed)]
+        Raises:
+            ValueError: they do not fit into the model's context.
+        """
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        arguments = self.task, examples, self.tokenizer, self.separator, context
+        return prompt_prefix(*arguments)
+
+    def score(self, examples=()) -> np.ndarray:
+        """Log-probabilities of the label words ``(N, C)`` behind ``examples``."""
+        return score(*self._asked(), self.prefix(examples))
+
+    def record(self, folder, examples=(), positions=POSITIONS, attended=100):
+        """:func:`icl.recording.record` behind ``examples``."""
+        return record(
+            *self._asked(),
+            self.prefix(examples),
+            folder=folder,
+            positions=positions,
+            attended=attended,
+        )
+
+    def finetune(self, examples, learning_rate, **options):
+        """:func:`finetune_watched` on ``examples``, a step each, in their order."""
+        alone = self.prefix()
+        texts = [alone + self.task.demonstration(e) for e in examples]
+        return finetune_watched(
+            self.model, self.tokenizer, texts, learning_rate, **options
+        )
+
+    def _asked(self):
+        queries = [self.task.query(example) for example in self.task.evaluation]
+        return self.model, self.tokenizer, queries, self.task.label_words
+
+
+def predictor(subject, k=32):
+    """What the settings of the protocol answer.
+
+    Args:
+        subject: a :class:`Subject`.
+        k: the number of demonstrations, drawn by a run's seed.
+
+    Returns:
+        a function ``run(setting, seed, learning_rate)`` for :func:`protocol`.
+    """
+
+    def run(setting, seed, learning_rate):
+        examples = [] if setting == "ZSL" else subject.task.sample(k, seed)
+        if setting != "FT":
+            return subject.score(examples).argmax(1)
         try:
-            update, _ = kv_sgd(model, tokenizer, texts, rate)
-            with updated(model, update):
-                return predict(alone)
+            update, _ = subject.finetune(examples, learning_rate)
+            with updated(subject.model, update):
+                return subject.score().argmax(1)
         except FloatingPointError:
             return None
 
-    def run(compute, *key):
-        predictions = done[key] if key in done else compute(*key[1:])
-        hits = -1 if predictions is None else np.mean(predictions == task.labels())
-        accuracies[key] = hits
-        return *key, predictions
+    return run
+
+
+def protocol(run, labels, finetune=True, seeds=SEEDS, rates=LEARNING_RATES, stride=1):
+    """The runs of the protocol, each as it ends.
+
+    Args:
+        run: ``run(setting, seed, learning_rate)`` gives the predicted label ids
+            ``(N,)``, or ``None`` where finetuning diverged (:func:`predictor`).
+        labels: the true ones, ``(N,)``.
+        finetune: ``False`` stops after ICL.
+        seeds, rates: what to try.
+        stride: 1 tries every rate. 4, say, tries every fourth, then halves the
+            stride around the best until it is 1: the rule that picks stays the
+            same, but a narrow second peak may be missed.
+
+    Yields:
+        ``(setting, seed, learning_rate, predictions)``: setting ``"ZSL"`` (seed
+        and rate 0), ``"ICL"`` (rate 0) or ``"FT"``.
+    """
+    found = {}
+
+    def hits(key):
+        return -1 if found[key] is None else np.mean(found[key] == labels)
+
+    def runs(keys):
+        for key in keys:
+            if key not in found:
+                found[key] = run(*key)
+                yield *key, found[key]
 
     def best(setting):
-        return max((k for k in accuracies if k[0] == setting), key=accuracies.get)
+        return max(sorted(key for key in found if key[0] == setting), key=hits)
 
-    yield run(lambda *_: predict(alone), "ZSL", 0, 0.0)
-    for seed in seeds:
-        yield run(in_context, "ICL", seed, 0.0)
+    yield from runs([("ZSL", 0, 0.0)])
+    yield from runs([("ICL", seed, 0.0) for seed in seeds])
     if not finetune:
         return
     _, picked, _ = best("ICL")
-    for rate in learning_rates:
-        yield run(finetuned, "FT", picked, rate)
+    yield from runs([("FT", picked, rate) for rate in rates[::stride]])
+    while stride > 1:
+        stride //= 2
+        at = rates.index(best("FT")[2])
+        near = rates[max(0, at - stride) : at + stride + 1 : stride]
+        yield from runs([("FT", picked, rate) for rate in near])
     _, _, rate = best("FT")
-    for seed in seeds:
-        if seed != picked:
-            yield run(finetuned, "FT", seed, rate)
+    yield from runs([("FT", seed, rate) for seed in seeds])
 
 
 def finetune_watched(model, tokenizer, texts, learning_rate, **options):

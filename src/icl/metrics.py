@@ -63,6 +63,46 @@ def mean_interval(values, confidence: float = 0.95) -> tuple[float, float, float
     return float(mean), float(mean - half), float(mean + half)
 
 
+def bootstrap_interval(
+    values, confidence: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of a sample with its percentile bootstrap interval: ``(mean, low, high)``.
+
+    Args:
+        values: ``(N,)``, one number an example; NaN are left out.
+        confidence: level of the interval.
+        draws: how many samples of N are drawn, with replacement, by ``seed``.
+
+    Returns:
+        three NaN if no value is defined.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1:
+        raise ValueError(f"values must be (N,), not {values.shape}")
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return math.nan, math.nan, math.nan
+    size = draws, len(values)
+    chosen = np.random.default_rng(seed).integers(len(values), size=size)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values[chosen].mean(1), [tail, 1 - tail])
+    return float(values.mean()), float(low), float(high)
+
+
+def calibrated(scores) -> np.ndarray:
+    """Batch calibration (Zhou et al. 2024): each label's mean score taken out.
+
+    Args:
+        scores: log-probabilities ``(N, C)`` of N examples that are judged
+            together.
+
+    Returns:
+        ``(N, C)``, every column of mean 0.
+    """
+    scores = np.asarray(scores, dtype=float)
+    return scores - scores.mean(axis=0)
+
+
 def rec2ftp(zsl, ft, icl) -> Proportion:
     """Recall to finetuning predictions (Dai et al. 2023, section 4.3).
 
@@ -251,6 +291,48 @@ def top_recall(m_icl, m_ft, k) -> Similarity:
         return len(a & b) / k
 
     return Similarity(_pairwise(m_icl, m_ft, recall))
+
+
+def token_overlap(tokens_a, tokens_b) -> np.ndarray:
+    """Part of the likeliest next tokens that two settings share (Shen et al. 2024).
+
+    Args:
+        tokens_a, tokens_b: ids of each example's K likeliest tokens, ``(N, K)``.
+
+    Returns:
+        ``(N,)``, 0 to 1.
+    """
+    a, b = _token_lists(tokens_a, tokens_b)
+    return (a[:, :, None] == b[:, None]).sum((1, 2)) / a.shape[1]
+
+
+def overlap_cosine(tokens_a, p_a, tokens_b, p_b) -> np.ndarray:
+    """Cosine of two next-token distributions, each cut to its K likeliest tokens.
+
+    After the overlap cosine similarity of Shen et al. (2024): tokens that only
+    one of the two holds count as 0 for the other.
+
+    Args:
+        tokens_a, tokens_b: as for :func:`token_overlap`.
+        p_a, p_b: probabilities of these tokens, ``(N, K)``, not all 0.
+
+    Returns:
+        ``(N,)``, 0 to 1.
+    """
+    a, b = _token_lists(tokens_a, tokens_b)
+    p_a, p_b = np.asarray(p_a, dtype=float), np.asarray(p_b, dtype=float)
+    same = a[:, :, None] == b[:, None]
+    both = (same * p_a[:, :, None] * p_b[:, None]).sum((1, 2))
+    return both / np.sqrt((p_a**2).sum(1) * (p_b**2).sum(1))
+
+
+def _token_lists(tokens_a, tokens_b):
+    a, b = np.asarray(tokens_a), np.asarray(tokens_b)
+    if a.shape != b.shape or a.ndim != 2:
+        raise ValueError(
+            f"needed are two lists (N, K) of tokens; given were {a.shape}, {b.shape}"
+        )
+    return a, b
 
 
 def _tau(a, b):

@@ -1,6 +1,7 @@
 """Language models: one call for the built-in model, a folder or a hub id."""
 
 import json
+import platform
 import re
 import shutil
 import tempfile
@@ -50,7 +51,64 @@ def load_model(name=DEFAULT, device="auto", dtype=None):
         model, tokenizer = _from_folder(Path(where), dtype)
     else:
         model, tokenizer = _from_hub(str(name), dtype)
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    model = model.to(device).eval().requires_grad_(False)
+    _use_onednn(model)
+    return model, tokenizer
+
+
+class _Linear(torch.nn.Linear):
+    """A linear map that oneDNN computes where no gradient is asked for.
+
+    Same arithmetic in float32, other kernels: on processors that the default
+    BLAS does not know well they take half the time (benchmarks/linear.py).
+    """
+
+    def forward(self, x):
+        if torch.is_grad_enabled() or x.dtype != torch.float32:
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(
+            x, self.weight, self.bias, "none", [], ""
+        )
+
+
+def _use_onednn(model):
+    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = _Linear
+
+
+def untrained(model, seed, keep=()):
+    """A model of the same architecture with random weights.
+
+    Args:
+        model: the trained one; it is left as it is.
+        seed: draws the weights, as transformers initialises a new model.
+        keep: what is copied from the trained model, of ``"embeddings"`` (input
+            and output) and ``"norms"`` (the layer norms), as in the controls of
+            Deutch et al. (2024).
+
+    Raises:
+        ValueError: ``keep`` names something else.
+    """
+    if {*keep} - {"embeddings", "norms"}:
+        raise ValueError(f"keep takes 'embeddings' and 'norms', not {keep!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    fresh = fresh.to(model.device).eval().requires_grad_(False)
+    own = dict(fresh.named_modules())
+    for name, module in model.named_modules():
+        kind = type(module).__name__.lower()
+        embeds = "embedding" in kind and "rotary" not in kind
+        embeds |= module is model.get_output_embeddings()
+        if (embeds and "embeddings" in keep) or ("norm" in kind and "norms" in keep):
+            own[name].load_state_dict(module.state_dict())
+    _use_onednn(fresh)
+    return fresh
 
 
 def _device(device) -> torch.device:

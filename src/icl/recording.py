@@ -22,6 +22,8 @@ from icl.heads import attention_modules, watch_queries
 #: the last of the first label's word behind it, which the code of Dai et al. reads.
 POSITIONS = ("prompt", "label")
 
+LIKELIEST = 10  # next tokens that are kept; Shen et al. (2024) compare as many
+
 
 class Recording(NamedTuple):
     """What :func:`record` kept, for N queries in their order.
@@ -35,6 +37,9 @@ class Recording(NamedTuple):
             own tokens, the one that is read included.
         demonstrations: the same over the tokens of the prefix, of the first
             queries only, ``(attended, L, H, P)``.
+        tokens: ids of the ten likeliest next tokens after the prompt, the
+            likeliest first, ``(N, 10)``; at either position the prompt's.
+        log_p: their log-probabilities, ``(N, 10)``.
     """
 
     scores: np.ndarray
@@ -42,6 +47,8 @@ class Recording(NamedTuple):
     queries: np.ndarray
     own: list
     demonstrations: np.ndarray
+    tokens: np.ndarray
+    log_p: np.ndarray
 
 
 @torch.inference_mode()
@@ -134,15 +141,19 @@ def _join(packs):
         queries=gather("queries", "n"),
         own=[own[n] for n in sorted(own)],
         demonstrations=gather("demonstrations", "attended"),
+        tokens=gather("tokens", "n"),
+        log_p=gather("log_p", "n"),
     )
 
 
 def _run(model, keys_values, layout, pack, labels, positions, attended):
     """Run a pack; returns the arrays of its file, for each position."""
     with watch_queries(model) as queries, _watch_outputs(model) as outputs:
-        logits, cache = scoring._run(model, keys_values, layout)
-    scores = np.array(list(scoring._label_scores(logits, layout, labels)))
+        log_p, cache = scoring._run(model, keys_values, layout)
+    scores = np.array(list(scoring._label_scores(log_p, layout, labels)))
     scoring._check_finite(model, scores)
+    after_prompt = log_p[[last for last, _ in layout.slots]]
+    best, tokens = after_prompt.topk(min(LIKELIEST, log_p.shape[-1]))
     if not len(queries) == len(outputs) == len(cache.layers):
         raise ValueError(
             f"the attention of {type(model).__name__} cannot be reached; covered are "
@@ -158,6 +169,8 @@ def _run(model, keys_values, layout, pack, labels, positions, attended):
         found[position] = {
             "n": np.array([n for n, _ in pack]),
             "scores": scores,
+            "tokens": tokens.numpy(),
+            "log_p": best.numpy(),
             **arrays,
             "attended": np.array([pack[i][0] for i in chosen], dtype=np.int64),
             "demonstrations": np.ascontiguousarray(arrays["demonstrations"][chosen]),

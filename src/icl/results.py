@@ -15,8 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
+FORMAT = 1  # of the tables; raised when a column changes its meaning
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 
 
@@ -29,7 +31,8 @@ def read_table(name: str) -> tuple[pd.DataFrame, dict]:
     """The table ``results/NAME.csv`` and what made it, ``{}`` if unrecorded.
 
     Raises:
-        ValueError: there is no such table; the message lists those there are.
+        ValueError: there is no such table (the message lists those there are), or
+            it is of another format than this version reads.
     """
     path = table_path(name)
     if not path.is_file():
@@ -37,10 +40,63 @@ def read_table(name: str) -> tuple[pd.DataFrame, dict]:
         raise ValueError(f"no table {name!r} in {path.parent}; there are: {there}")
     about = path.with_suffix(".json")
     origin = json.loads(about.read_text()) if about.exists() else {}
-    return pd.read_csv(path, dtype={"predictions": str}), origin
+    for part, facts in origin.items():
+        found = facts.get("format", 1) if isinstance(facts, dict) else 1
+        if found != FORMAT:
+            raise ValueError(
+                f"{about.name}: {part} is of format {found}, but this version of the "
+                f"book reads format {FORMAT}; take the version that made it (commit "
+                f"{facts.get('commit', 'unknown')}), or make the table again"
+            )
+    text = {"predictions": str, "calibrated": str}
+    return pd.read_csv(path, dtype=text), origin
 
 
-def write_table(name: str, rows: list[dict], about: dict) -> Path:
+def add_rows(name: str, rows: list[dict], key: list[str], part: str, facts: dict):
+    """Put rows into a table, in place of those with the same key; atomic.
+
+    Several processes may add to one table at once.
+
+    Args:
+        name: of the table, which need not exist.
+        rows: the new ones.
+        key: the columns that tell rows apart.
+        part: what the rows belong to, a key of the table's record of origins.
+        facts: where they come from (:func:`provenance`). If the part is on
+            record already, the record stays, and must agree on model, data and
+            demonstrations.
+
+    Raises:
+        ValueError: it does not agree, or the table is of another format.
+    """
+    path = table_path(name)
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(path.with_name(f".{name}.lock")):
+        table, about = read_table(name) if path.is_file() else (pd.DataFrame(), {})
+        check_origin(name, about, part, facts)
+        added = pd.DataFrame(rows)
+        if len(table):
+            new = set(added[key].itertuples(index=False, name=None))
+            old = table[key].itertuples(index=False, name=None)
+            table = table[[row not in new for row in old]]
+            added = pd.concat([table, added], ignore_index=True)
+        write_table(name, added, {part: facts, **about})
+
+
+def check_origin(name: str, about: dict, part: str, facts: dict):
+    """Raise ``ValueError`` if rows of ``part`` were made from something else."""
+    known = about.get(part, {})
+    for fact in ("model", "data_sha256", "demonstrations"):
+        if known.get(fact, facts.get(fact)) != facts.get(fact):
+            raise ValueError(
+                f"table {name!r} holds rows of {part} with {fact} {known[fact]!r} "
+                f"(from commit {known.get('commit', 'unknown')}), but this run has "
+                f"{facts.get(fact)!r}; they must not mix: move the table away, or "
+                f"give the same {fact}"
+            )
+
+
+def write_table(name: str, rows, about: dict) -> Path:
     """Write ``rows`` and ``about`` atomically; returns the table's path."""
     path = table_path(name)
     path.parent.mkdir(exist_ok=True)
@@ -61,6 +117,7 @@ def provenance(**facts) -> dict:
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit(),
+        "format": FORMAT,
         **facts,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

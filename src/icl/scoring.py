@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-PACK_TOKENS = 768  # tokens in a row of queries: attention grows with its square
+PACK_TOKENS = 384  # tokens in a row of queries: attention grows with its square
 
 
 @torch.inference_mode()
@@ -45,10 +45,8 @@ def score(model, tokenizer, queries, label_words, demonstrations=""):
     scores = np.empty((len(queries), len(labels)))
     for pack in _packs(queries, labels):
         layout = _lay_out(pack, labels, len(prefix))
-        logits, _ = _run(model, keys_values, layout)
-        for (n, _), row in zip(
-            pack, _label_scores(logits, layout, labels), strict=True
-        ):
+        log_p, _ = _run(model, keys_values, layout)
+        for (n, _), row in zip(pack, _label_scores(log_p, layout, labels), strict=True):
             scores[n] = row
     _check_finite(model, scores)
     return scores
@@ -190,7 +188,7 @@ def _mask(query, branch, prefix_length, dtype):
 
 
 def _run(model, keys_values, layout):
-    """One forward pass over a row: logits at the stops, and the cache after it."""
+    """One forward pass over a row: log-probabilities at the stops, and the cache."""
     cache = DynamicCache(config=model.config)
     for layer, (keys, values) in enumerate(keys_values):
         cache.update(keys, values, layer)
@@ -203,13 +201,13 @@ def _run(model, keys_values, layout):
         use_cache=True,
         logits_to_keep=torch.tensor(layout.stops, device=model.device),
     ).logits[0]
-    return logits, cache
-
-
-def _label_scores(logits, layout, labels):
-    """Mean log-probability of each label, a list of them a query."""
     exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    log_p = torch.log_softmax(logits.to(exact), dim=-1).cpu().numpy()
+    return torch.log_softmax(logits.to(exact), dim=-1).cpu(), cache
+
+
+def _label_scores(log_p, layout, labels):
+    """Mean log-probability of each label, a list of them a query."""
+    log_p = log_p.numpy()
     for last, inner in layout.slots:
         yield [
             log_p[[last, *rows], label].mean()
