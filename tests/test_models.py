@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from conftest import TINY, tiny_model, word_tokenizer
 
 from icl import models
-from icl.models import load_model
+from icl.models import _use_onednn, load_model, untrained
 from icl.scoring import score
 
 
@@ -156,3 +157,62 @@ def test_shared_prefix_on_the_built_in_model(smollm):
     packed = score(*smollm, queries, ["Negative", "Positive"], prefix)
     alone = [score(*smollm, [prefix + q], ["Negative", "Positive"]) for q in queries]
     np.testing.assert_allclose(packed, np.concatenate(alone), atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_maps_of_a_loaded_model_and_their_gradients(bias):
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(24, 40, bias=bias)
+    _use_onednn(own := torch.nn.ModuleDict({"map": deepcopy(plain)}), "cpu")
+    assert type(own["map"]) is not torch.nn.Linear
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    found = []
+    for linear in (plain.double(), own["map"]):
+        seen = x.detach().to(linear.weight.dtype).requires_grad_(True)
+        out = linear(seen)
+        out.square().sum().backward()
+        grads = [p.grad.double() for p in (seen, *linear.parameters())]
+        found.append([out.detach().double(), *grads])
+    for exact, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_maps_follow_an_update_and_other_dtypes():
+    _use_onednn(own := torch.nn.ModuleDict({"map": torch.nn.Linear(8, 8)}), "cpu")
+    linear, x = own["map"], torch.randn(3, 8)
+    with torch.no_grad():
+        linear.weight.mul_(2)
+        torch.testing.assert_close(
+            linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias)
+        )
+        assert linear.double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "xglm", "gpt_neox", "llama"])
+def test_untrained_keeps_what_it_is_told(family):
+    model = tiny_model(family)
+    own = dict(model.named_parameters())
+    fresh = dict(untrained(model, 3).named_parameters())
+    kept = dict(untrained(model, 3, ("embeddings", "norms")).named_parameters())
+    for name, weight in own.items():
+        is_norm = "norm" in name or "ln_" in name
+        is_embedding = "embed" in name or "wte" in name or "wpe" in name
+        assert not torch.equal(fresh[name], weight), name
+        if is_norm or is_embedding or "lm_head" in name:
+            assert torch.equal(kept[name], weight), name
+        else:
+            assert torch.equal(kept[name], fresh[name]), name
+
+
+def test_untrained_is_drawn_by_its_seed_and_leaves_the_rest_alone():
+    model = tiny_model("llama")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    a, b, c = (dict(untrained(model, s).named_parameters()) for s in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    q = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(a[q], b[q])
+    assert not torch.equal(a[q], c[q])
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    with pytest.raises(ValueError, match="keep takes 'embeddings' and 'norms'"):
+        untrained(model, 1, ("attention",))

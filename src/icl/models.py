@@ -52,27 +52,48 @@ def load_model(name=DEFAULT, device="auto", dtype=None):
     else:
         model, tokenizer = _from_hub(str(name), dtype)
     model = model.to(device).eval().requires_grad_(False)
-    _use_onednn(model)
+    _use_onednn(model, device)
     return model, tokenizer
 
 
-class _Linear(torch.nn.Linear):
-    """A linear map that oneDNN computes where no gradient is asked for.
+class _Product(torch.autograd.Function):
+    """``x Wᵀ + b`` by oneDNN, and its gradient."""
 
-    Same arithmetic in float32, other kernels: on processors that the default
-    BLAS does not know well they take half the time (benchmarks/linear.py).
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        by_x = _product(grad, weight.T) if wants_x else None
+        by_weight = _product(rows.T, x.flatten(0, -2).T) if wants_weight else None
+        return by_x, by_weight, rows.sum(0) if wants_bias else None
+
+
+def _product(x, weight, bias=None):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.nn.Linear):
+    """A linear map in float32 by oneDNN.
+
+    The same arithmetic as the default's: on processors that the default BLAS
+    does not know well it takes half the time (benchmarks/linear.py).
     """
 
     def forward(self, x):
-        if torch.is_grad_enabled() or x.dtype != torch.float32:
+        if x.dtype != torch.float32 or self.weight.dtype != torch.float32:
             return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(
-            x, self.weight, self.bias, "none", [], ""
-        )
+        return _Product.apply(x, self.weight, self.bias)
 
 
-def _use_onednn(model):
-    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+def _use_onednn(model, device):
+    if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
         return
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return
@@ -107,7 +128,7 @@ def untrained(model, seed, keep=()):
         embeds |= module is model.get_output_embeddings()
         if (embeds and "embeddings" in keep) or ("norm" in kind and "norms" in keep):
             own[name].load_state_dict(module.state_dict())
-    _use_onednn(fresh)
+    _use_onednn(fresh, fresh.device)
     return fresh
 
 
