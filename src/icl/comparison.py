@@ -162,13 +162,15 @@ def finetune_watched(model, tokenizer, texts, learning_rate, **options):
     return update, queries.float().cpu().numpy()
 
 
-def similarities(zsl, ft, icl, training_queries, owner, top=100):
+def similarities(zsl, ft, icl, training_queries=None, owner=None, top=100):
     """The similarities of Dai et al. (2023) and of Deutch et al. (2024).
 
     Args:
         zsl, ft, icl: a :class:`icl.recording.Recording` of each setting, of the
             same queries at the same position.
-        training_queries: from :func:`finetune_watched`, ``(n, L, H, d_h)``.
+        training_queries: from :func:`finetune_watched`, ``(n, L, H, d_h)``. Left
+            out, as where the two learners saw other tokens, so are the measures
+            of attention to them.
         owner: whose token each token of ICL's prefix is, from
             :func:`icl.tasks.demonstration_of_tokens`; ``n`` of them are not -1.
         top: how many tokens "top recall" counts (of all, if there are fewer).
@@ -179,6 +181,16 @@ def similarities(zsl, ft, icl, training_queries, owner, top=100):
     Raises:
         ValueError: the prefix's tokens are not those that were trained on.
     """
+    outputs, own = (zsl.outputs, ft.outputs, icl.outputs), (zsl.own, ft.own, icl.own)
+    found = {
+        "SimAOU": metrics.simaou(*outputs),
+        "SimAOU, not normalised": metrics.simaou(*outputs, normalise=False),
+        "SimAM before": metrics.simam(zsl.own, icl.own),
+        "SimAM after": metrics.simam(ft.own, icl.own),
+        "SimAM of changes": metrics.simam_delta(*own),
+    }
+    if training_queries is None:
+        return found
     owner = np.asarray(owner)
     kept = owner >= 0
     if kept.sum() != len(training_queries):
@@ -189,14 +201,7 @@ def similarities(zsl, ft, icl, training_queries, owner, top=100):
     # Kendall's tau is over fewer queries: those whose scores were kept
     m_icl = icl.demonstrations.sum(2)[..., kept]
     m_ft = metrics.training_attention(ft.queries[: len(m_icl)], training_queries)
-    return {
-        "SimAOU": metrics.simaou(zsl.outputs, ft.outputs, icl.outputs),
-        "SimAOU, not normalised": metrics.simaou(
-            zsl.outputs, ft.outputs, icl.outputs, normalise=False
-        ),
-        "SimAM before": metrics.simam(zsl.own, icl.own),
-        "SimAM after": metrics.simam(ft.own, icl.own),
-        "SimAM of changes": metrics.simam_delta(zsl.own, ft.own, icl.own),
+    return found | {
         "Kendall": metrics.kendall(m_icl, m_ft),
         "Kendall of examples": metrics.kendall_of_examples(m_icl, m_ft, owner[kept]),
         "top recall": metrics.top_recall(m_icl, m_ft, min(top, kept.sum())),
