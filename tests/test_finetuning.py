@@ -210,6 +210,8 @@ def test_bad_input(tokenizer):
         kv_sgd(tiny_model("gpt2"), tokenizer, TEXTS, 1, completions=["a", "b"])
     with pytest.raises(ValueError, match="empty completion"):
         kv_sgd(tiny_model("gpt2"), tokenizer, TEXTS, 1, completions=["a", "", "b"])
+    with pytest.raises(ValueError, match="text 1 has 300 tokens, .* model holds 256"):
+        kv_sgd(tiny_model("opt"), tokenizer, [TEXTS[0], "good " * 300], 0.1)
     config = transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9)
     bloom = transformers.BloomForCausalLM(config)
     with pytest.raises(ValueError, match="no key and .* found in BloomForCausalLM"):

@@ -10,13 +10,17 @@ from hypothesis import strategies as st
 from icl.metrics import (
     Proportion,
     accuracy,
+    bootstrap_interval,
+    calibrated,
     kendall,
     kendall_of_examples,
     mean_interval,
+    overlap_cosine,
     rec2ftp,
     simam,
     simam_delta,
     simaou,
+    token_overlap,
     top_recall,
     training_attention,
 )
@@ -43,6 +47,40 @@ def test_mean_interval():
     assert got == pytest.approx((4, 4 - half, 4 + half), abs=1e-6)
     with pytest.raises(ValueError, match="needs two values or more"):
         mean_interval([1.0])
+
+
+def test_bootstrap_interval_of_a_proportion():
+    """The bootstrap of n booleans is binomial: its quantiles are known."""
+    right = np.arange(400) < 300
+    mean, low, high = bootstrap_interval(right, draws=20000)
+    assert mean == 0.75
+    # 2.5 % and 97.5 % points of Binomial(400, 3/4) are 283 and 317
+    assert (low, high) == pytest.approx((283 / 400, 317 / 400), abs=0.002)
+    assert bootstrap_interval([np.nan, 1.0, 2.0, np.nan])[0] == 1.5
+    assert np.isnan(bootstrap_interval([np.nan])).all()
+    assert bootstrap_interval([0.25] * 9) == (0.25, 0.25, 0.25)
+    with pytest.raises(ValueError, match=r"values must be \(N,\)"):
+        bootstrap_interval([[1.0]])
+
+
+def test_calibration_takes_out_a_bias_for_a_word():
+    generator = np.random.default_rng(0)
+    scores = generator.normal(size=(30, 3))
+    bias = np.array([5.0, -2.0, 0.3])
+    np.testing.assert_allclose(calibrated(scores + bias), calibrated(scores))
+    np.testing.assert_allclose(calibrated(scores).mean(0), 0, atol=1e-12)
+
+
+def test_next_tokens_by_hand():
+    a, b = [[1, 2, 3], [1, 2, 3]], [[3, 9, 1], [7, 8, 9]]
+    assert token_overlap(a, b).tolist() == [2 / 3, 0]
+    p, q = [[0.5, 0.2, 0.1], [0.5, 0.2, 0.1]], [[0.6, 0.3, 0.1], [0.6, 0.3, 0.1]]
+    # tokens 1 (0.5 and 0.1) and 3 (0.1 and 0.6) are shared
+    cosine = (0.5 * 0.1 + 0.1 * 0.6) / math.sqrt(0.30 * 0.46)
+    assert overlap_cosine(a, p, b, q) == pytest.approx([cosine, 0])
+    assert overlap_cosine(a, p, a, p) == pytest.approx([1, 1])
+    with pytest.raises(ValueError, match="two lists"):
+        token_overlap(a, [[1, 2]])
 
 
 def test_rec2ftp_by_hand():

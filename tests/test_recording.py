@@ -105,11 +105,23 @@ def test_queries_make_the_scores(tokenizer, tmp_path):
             np.testing.assert_allclose(both, scores, atol=1e-3)
 
 
+def test_likeliest_next_tokens(model, tokenizer, tmp_path):
+    """Against the full distribution after each prompt by itself."""
+    got = record(model, tokenizer, QUERIES, LABELS, PREFIX, folder=tmp_path / "run")
+    for n, query in enumerate(QUERIES):
+        ids = encode(tokenizer, PREFIX) + encode(tokenizer, query)
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        log_p, order = logits.log_softmax(-1).sort(descending=True)
+        np.testing.assert_array_equal(got["prompt"].tokens[n], order[:10])
+        np.testing.assert_allclose(got["prompt"].log_p[n], log_p[:10], atol=1e-4)
+
+
 def test_read_again(tokenizer, tmp_path):
     model = tiny_model("llama")
     got = record(model, tokenizer, QUERIES, LABELS, PREFIX, folder=tmp_path / "run")
     again = read(tmp_path / "run")
-    for name in ("scores", "outputs", "queries", "demonstrations"):
+    for name in ("scores", "outputs", "queries", "demonstrations", "tokens", "log_p"):
         one, two = (getattr(found["prompt"], name) for found in (got, again))
         np.testing.assert_array_equal(one, two)
 

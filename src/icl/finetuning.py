@@ -6,6 +6,7 @@ weight decay or clipping, dropout off. Only the key and value projections of
 every layer move, weights and biases.
 """
 
+import math
 from contextlib import contextmanager
 
 import torch
@@ -77,8 +78,9 @@ def kv_sgd(
         of each text before its own step (summed over blocks if layer-causal).
 
     Raises:
-        ValueError: no texts, completions that are not as many or empty, a
-            learning rate of zero, or an architecture that is not covered.
+        ValueError: no texts, completions that are not as many or empty, a text
+            that the context does not hold, a learning rate of zero, or an
+            architecture that is not covered.
         FloatingPointError: the loss is no longer finite; the message says at
             which step.
     """
@@ -88,6 +90,13 @@ def kv_sgd(
             f"{len(texts)} texts and learning rate {learning_rate!r}"
         )
     examples = _encode(tokenizer, texts, completions)
+    context = getattr(model.config, "max_position_embeddings", None)
+    for number, (ids, _) in enumerate(examples):
+        if context is not None and len(ids) > context:
+            raise ValueError(
+                f"text {number} has {len(ids)} tokens, but the model holds {context}; "
+                "shorten it or leave it out"
+            )
     parts = kv_projections(model)
     weights = {name: model.get_parameter(name) for name in parts}
     before = {name: w.detach().clone() for name, w in weights.items()}
@@ -98,19 +107,25 @@ def kv_sgd(
             weight.requires_grad_(True)
         for step, (ids, first) in enumerate(examples, 1):
             ids = torch.tensor(ids, device=model.device)
-            loss = sum(
-                torch.nn.functional.cross_entropy(
+            total, gradients = 0.0, [None] * len(weights)
+            for logits in all_logits(model, ids[None]):
+                loss = torch.nn.functional.cross_entropy(
                     logits[first - 1 : -1].float(), ids[first:]
                 )
-                for logits in all_logits(model, ids[None])
-            )
-            losses.append(loss.item())
-            if not torch.isfinite(loss):
+                total += loss.item()
+                found = torch.autograd.grad(
+                    loss, list(weights.values()), allow_unused=layer_causal
+                )
+                gradients = [
+                    new if old is None else old if new is None else old + new
+                    for old, new in zip(gradients, found, strict=True)
+                ]
+            losses.append(total)
+            if not math.isfinite(total):
                 raise FloatingPointError(
                     f"finetuning diverged: the loss at step {step} of {len(texts)} is "
-                    f"{losses[-1]} with learning rate {learning_rate}"
+                    f"{total} with learning rate {learning_rate}"
                 )
-            gradients = torch.autograd.grad(loss, list(weights.values()))
             with torch.no_grad():
                 for (name, weight), grad in zip(
                     weights.items(), gradients, strict=True

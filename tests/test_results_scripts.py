@@ -1,0 +1,139 @@
+"""The scripts that make the tables: killed, resumed, refused, remade."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import tiny_model, word_tokenizer
+
+from icl import results
+from icl.tasks import Task
+
+TEXTS = ["good film", "dull story", "bright actors", "boring plot", "very moving"]
+ROWS = [{"text": t, "label": n % 2} for n, t in enumerate(TEXTS)]
+TASK = Task("tiny", "Review : {text} is", ["Positive", "Negative"], ROWS * 4, ROWS)
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def load_script(name):
+    path = REPOSITORY / "results" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"results_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(root, kill_at=0, task=TASK):
+    """The comparison on a tiny model; its finetunings are listed in a file."""
+    script, root = load_script("icl_vs_finetuning"), Path(root)
+    root.mkdir(exist_ok=True)
+    results.ROOT = script.ROOT = root
+    script.load_model = lambda name: (tiny_model("llama"), word_tokenizer())
+    script.load_task = lambda name: task
+    script.DEMONSTRATIONS = {"tiny": 3}
+    finetune = script.Subject.finetune
+    calls = root / "calls.txt"
+
+    def counted(self, examples, rate, **options):
+        with open(calls, "a") as file:
+            print([e["text"] for e in examples], rate, options, file=file)
+        if kill_at and len(calls.read_text().splitlines()) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return finetune(self, examples, rate, **options)
+
+    script.Subject = type("Counted", (script.Subject,), {"finetune": counted})
+    script.main("m", "tiny", "newline", finetune=True)
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)  # undone after the test
+    run(tmp_path / "whole")
+    return tmp_path
+
+
+def tables(root):
+    found = {}
+    for name in ("icl_vs_finetuning", "similarities"):
+        table = pd.read_csv(root / "results" / f"{name}.csv", dtype=str)
+        found[name] = table.sort_values(list(table.columns)).reset_index(drop=True)
+    return found
+
+
+@pytest.mark.parametrize("kill_at", [7, 20])
+def test_killed_run_resumes_and_repeats_nothing(finished, kill_at):
+    """Killed (SIGKILL) in the search of the rate, or in the recorded runs."""
+    root = finished / f"killed{kill_at}"
+    code = f"import test_results_scripts as t; t.run({str(root)!r}, {kill_at})"
+    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent)
+    assert killed.returncode == -signal.SIGKILL
+    run(root)
+    whole, resumed = tables(finished / "whole"), tables(root)
+    for name, table in whole.items():
+        pd.testing.assert_frame_equal(table, resumed[name])
+    calls = (root / "calls.txt").read_text().splitlines()
+    again = calls.pop(kill_at)  # the one that was cut short
+    assert again == calls[kill_at - 1]
+    assert calls == (finished / "whole" / "calls.txt").read_text().splitlines()
+
+
+def test_finished_run_computes_nothing(finished):
+    before = (finished / "whole" / "calls.txt").read_text()
+    run(finished / "whole")
+    assert (finished / "whole" / "calls.txt").read_text() == before
+
+
+def test_diverged_rates_are_kept_and_the_search_goes_on(finished):
+    table, _ = results.read_table("icl_vs_finetuning")
+    searched = table[table.setting == "FT"].groupby("seed").size().max()
+    assert searched >= 9 + 2
+    # the best rate is one of those that did not diverge
+    recorded = pd.read_csv(results.table_path("similarities"))
+    rate = recorded[recorded.setting == "FT"].learning_rate.unique().item()
+    rows = table[(table.setting == "FT") & (table.learning_rate == rate)]
+    assert rows.predictions.notna().all()
+
+
+def test_other_data_under_the_same_name_is_refused(finished):
+    other = Task("tiny", "Review : {text} is", ["Positive", "Negative"], ROWS, ROWS)
+    with pytest.raises(ValueError, match="m/tiny/newline with data_sha256 .* not mix"):
+        run(finished / "whole", task=other)
+
+
+def test_committed_rows_come_out_again(tmp_path, monkeypatch):
+    """CB, seed 3, from nothing: predictions and every measure of one finetuning."""
+    script = load_script("icl_vs_finetuning")
+    answers, about = results.read_table("icl_vs_finetuning")
+    similarities, _ = results.read_table("similarities")
+    data = os.environ.get("ICL_DATA")
+    if not data or not (Path(data) / "cb").is_dir():
+        pytest.skip("needs the text of CB in ICL_DATA")
+    if (
+        script.load_task("cb").digest()
+        != about["smollm2-135m/cb/newline"]["data_sha256"]
+    ):
+        pytest.skip("ICL_DATA holds another CB than the tables were made from")
+    chosen = (
+        "model == 'smollm2-135m' and task == 'cb' and setting == 'FT' and seed == 3"
+    )
+    wanted = similarities.query(chosen).set_index(["position", "measure"])
+    rate = wanted.learning_rate.unique().item()
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    runs = script.Runs("smollm2-135m", "cb", "newline")
+    runs.measure("FT", 3, rate)
+    made, _ = results.read_table("similarities")
+    made = made.set_index(["position", "measure"]).loc[wanted.index]
+    assert len(made) == 16
+    for column in ("mean", "low", "high"):
+        np.testing.assert_allclose(made[column], wanted[column], atol=5e-3)
+    row = answers.query(chosen + " and learning_rate == @rate").predictions.item()
+    again = results.read_table("icl_vs_finetuning")[0].query("setting == 'FT'")
+    differ = sum(a != b for a, b in zip(row, again.predictions.item(), strict=True))
+    assert differ <= 1  # rounding may turn a tie
