@@ -40,11 +40,13 @@ serve: book  ## read the book at http://localhost:8000
 	@echo "http://localhost:$(PORT) (stop with control-C)"
 	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/book/html
 
-results: $(READY)  ## make the tables in results/ again (three hours)
-	@start=$$SECONDS; $(BIN)/python results/icl_vs_finetuning.py --task mr \
-	  && $(BIN)/python results/icl_vs_finetuning.py --task mr --separator eos --icl-only \
-	  && $(BIN)/python results/meta_gradients.py \
-	  && $(BIN)/python results/learners.py \
+results: $(READY)  ## make the tables in results/ again (most of a day; ICL_DATA needed)
+	@start=$$SECONDS; run="$(BIN)/python results"; compare="$$run/icl_vs_finetuning.py" \
+	  && for task in mr cb; do $$compare --task $$task --every-rate || exit 1; done \
+	  && for task in sst2 sst5 subj agnews; do $$compare --task $$task || exit 1; done \
+	  && $$compare --task mr --separator eos --icl-only \
+	  && for task in sst2 sst5 mr subj agnews cb; do $$run/controls.py --task $$task || exit 1; done \
+	  && $$run/meta_gradients.py && $$run/learners.py \
 	  && echo "tables in results/ after $$((SECONDS - start)) s"
 
 bench: $(READY)  ## measure scoring, recording and streaming against their peers
@@ -53,6 +55,7 @@ bench: $(READY)  ## measure scoring, recording and streaming against their peers
 	@start=$$SECONDS; $(BIN)/python benchmarks/streaming.py \
 	  && $(BIN)/python benchmarks/recording.py \
 	  && $(BIN)/python benchmarks/scoring.py \
+	  && $(BIN)/python benchmarks/linear.py \
 	  && echo "benchmarks after $$((SECONDS - start)) s"
 
 clean:  ## delete what was built (not .venv, not the downloads)

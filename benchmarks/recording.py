@@ -4,6 +4,9 @@ The original code runs every query by itself behind its whole prompt and writes
 what it records as JSON text. Prints, for SmolLM2 and MR behind 32
 demonstrations:
 
+0. seconds and peak memory of one whole setting on 1,000 queries (zero-shot, in
+   context, finetuning, finetuned; all recordings at both positions; all
+   measures);
 1. seconds of the original way over seconds of ``icl.recording.record``, for the
    in-context pass and for a whole setting (zero-shot, in context, finetuning,
    finetuned; all recordings; all measures), results compared;
@@ -20,18 +23,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from icl.comparison import finetune_watched, similarities
+from icl.comparison import Subject, finetune_watched, similarities
 from icl.finetuning import updated
 from icl.heads import watch_queries
 from icl.models import load_model
-from icl.recording import _watch_outputs, record
+from icl.recording import POSITIONS, _watch_outputs, record
 from icl.scoring import score
 from icl.tasks import demonstration_of_tokens, load_task, prompt_prefix
 
 SEED, DEMONSTRATIONS, LEARNING_RATE = 5, 32, 1e-3
 
 
-def main(n_queries, n_overhead):
+def main(n_whole, n_queries, n_overhead):
     model, tokenizer = load_model(device="cpu", dtype=torch.float32)
     task = load_task("mr")
     demonstrations = task.sample(DEMONSTRATIONS, SEED)
@@ -40,8 +43,12 @@ def main(n_queries, n_overhead):
     queries = [task.query(e) for e in task.evaluation[:n_queries]]
     words = task.label_words
     score(model, tokenizer, queries[:4], words, prefix)  # warm-up
-    print(f"{torch.get_num_threads()} threads, {n_queries} queries")
+    print(f"{torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
+        subject = Subject(model, tokenizer, task.head(n_whole))
+        took, _ = timed(whole_setting, subject, demonstrations, Path(folder))()
+        print(f"a whole setting, {n_whole} queries: {took:.0f} s, {peak():.1f} GiB")
+        print(f"{n_queries} queries:")
         ways = {"packed": packed, "one by one": one_by_one}
         took, found = {}, {}
         for way, run in ways.items():
@@ -61,8 +68,22 @@ def main(n_queries, n_overhead):
         print(
             f"recording / scoring alone, {n_overhead} queries: {with_all / alone:.2f}"
         )
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory of this process {memory:.1f} GiB")
+    print(f"peak memory of this process {peak():.1f} GiB")
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def whole_setting(subject, demonstrations, folder):
+    """All measures at both positions, by position."""
+    zsl = subject.record(folder / "whole-zsl")
+    icl = subject.record(folder / "whole-icl", demonstrations)
+    update, training = subject.finetune(demonstrations, LEARNING_RATE)
+    with updated(subject.model, update):
+        ft = subject.record(folder / "whole-ft")
+    owner = demonstration_of_tokens(subject.task, demonstrations, subject.tokenizer)
+    return {p: similarities(zsl[p], ft[p], icl[p], training, owner) for p in POSITIONS}
 
 
 def timed(function, *arguments, **options):
@@ -133,7 +154,8 @@ def one_by_one(model, tokenizer, queries, words, folder, name, prefix):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--whole", type=int, default=1000)
     parser.add_argument("--queries", type=int, default=50)
     parser.add_argument("--overhead", type=int, default=200)
     options = parser.parse_args()
-    main(options.queries, options.overhead)
+    main(options.whole, options.queries, options.overhead)

@@ -11,7 +11,8 @@ killed run goes on where it stopped.
   gives: every measure's mean, its bootstrap interval over examples, and its
   means by layer.
 
-The learning rate is searched from coarse to fine (icl.comparison.protocol).
+The learning rate is searched from coarse to fine (icl.comparison.protocol), or
+with ``--every-rate`` at all 36.
 """
 
 import argparse
@@ -39,7 +40,7 @@ ANSWERS, SIMILARITIES = "icl_vs_finetuning", "similarities"
 SEPARATORS = {"newline": "\n", "eos": "eos"}
 DEMONSTRATIONS = {"cb": 19, "agnews": 22}  # as the original code; 32 for the others
 RUN = ["setting", "seed", "learning_rate"]
-STRIDE = 4
+STRIDE = 4  # of the first pass over the learning rates
 
 
 class Runs:
@@ -206,7 +207,7 @@ def text(predictions):
     return "" if predictions is None else "".join(map(str, predictions))
 
 
-def main(model_name, task_name, separator, finetune):
+def main(model_name, task_name, separator, finetune=True, stride=STRIDE):
     runs = Runs(model_name, task_name, separator)
     labels = runs.task.labels()
     if not finetune:
@@ -214,7 +215,7 @@ def main(model_name, task_name, separator, finetune):
             pass
         return
     hits = {}
-    made = protocol(runs.answer_and_record, labels, stride=STRIDE)
+    made = protocol(runs.answer_and_record, labels, stride=stride)
     for setting, seed, rate, predictions in made:
         if setting == "FT" and seed == runs.searched and predictions is not None:
             hits[rate] = (predictions == labels).mean()
@@ -232,5 +233,12 @@ if __name__ == "__main__":
     parser.add_argument("--task", default="mr")
     parser.add_argument("--separator", choices=SEPARATORS, default="newline")
     parser.add_argument("--icl-only", action="store_true", help="no finetuning")
+    parser.add_argument("--every-rate", action="store_true", help="not coarse to fine")
     options = parser.parse_args()
-    main(options.model, options.task, options.separator, not options.icl_only)
+    main(
+        options.model,
+        options.task,
+        options.separator,
+        finetune=not options.icl_only,
+        stride=1 if options.every_rate else STRIDE,
+    )

@@ -48,7 +48,7 @@ def run(root, kill_at=0, task=TASK):
         return finetune(self, examples, rate, **options)
 
     script.Subject = type("Counted", (script.Subject,), {"finetune": counted})
-    script.main("m", "tiny", "newline", finetune=True)
+    script.main("m", "tiny", "newline")
 
 
 @pytest.fixture

@@ -29,6 +29,16 @@ COLOURS = {
     "random": "#d1495b",
 }
 
+#: The paper's tasks as figures and tables name them, in the paper's order.
+TASK_NAMES = {
+    "sst2": "SST2",
+    "sst5": "SST5",
+    "mr": "MR",
+    "subj": "Subj",
+    "agnews": "AGNews",
+    "cb": "CB",
+}
+
 _opened = {}
 _checks = []
 
@@ -76,6 +86,23 @@ def check(claim, got, expected=0.0, tolerance=0.0) -> None:
     print(f"{'✓' if holds else '✗'} {line}")
     assert holds, f"the check does not hold: {line}"
     _checks.append((claim, error, tolerance))
+
+
+def panels(count: int):
+    """A figure of ``count`` small panels, three a row: ``(figure, axes)``."""
+    rows = -(-count // 3)
+    fig, axes = plt.subplots(
+        rows,
+        min(count, 3),
+        figsize=(7, 0.6 + 1.9 * rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat[count:]:
+        ax.remove()
+    return fig, axes.flat[:count]
 
 
 def checks() -> pd.DataFrame:

@@ -93,6 +93,8 @@ def record(
         tokenizer, queries, label_words, demonstrations
     )
     scoring._check_length(model, prefix, encoded, labels)
+    before = len(prefix)
+    prefix, encoded = scoring._share(prefix, encoded)
     keys_values = scoring._encode_prefix(model, prefix)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -100,8 +102,9 @@ def record(
         for number, pack in enumerate(scoring._packs(encoded, labels)):
             whole = 0 if "label" in positions else None
             layout = scoring._lay_out(pack, labels, len(prefix), whole)
-            found = _run(model, keys_values, layout, pack, labels, positions, attended)
+            found = _run(model, keys_values, layout, pack, labels, positions, before)
             for position, arrays in found.items():
+                arrays |= _first(arrays, attended)
                 save_file(arrays, scratch / f"{position}-{number:05d}.safetensors")
         scratch.rename(folder)
     finally:
@@ -146,8 +149,18 @@ def _join(packs):
     )
 
 
-def _run(model, keys_values, layout, pack, labels, positions, attended):
-    """Run a pack; returns the arrays of its file, for each position."""
+def _first(arrays, attended):
+    """The scores over the demonstrations, of the first queries only."""
+    chosen = arrays["n"] < attended
+    kept = np.ascontiguousarray(arrays["demonstrations"][chosen])
+    return {"attended": arrays["n"][chosen], "demonstrations": kept}
+
+
+def _run(model, keys_values, layout, pack, labels, positions, before):
+    """Run a pack; returns the arrays of its file, for each position.
+
+    ``before`` of the prefix's tokens are demonstrations', the rest the queries'.
+    """
     with watch_queries(model) as queries, _watch_outputs(model) as outputs:
         log_p, cache = scoring._run(model, keys_values, layout)
     scores = np.array(list(scoring._label_scores(log_p, layout, labels)))
@@ -164,23 +177,26 @@ def _run(model, keys_values, layout, pack, labels, positions, attended):
         branches = [scoring.TRUNK] + ([0] if position == "label" else [])
         mine = torch.isin(layout.branch, torch.tensor(branches))
         columns = [(mine & (layout.query == n)).nonzero()[:, 0] for n, _ in pack]
-        arrays = _at_the_last(columns, queries, outputs, cache, len(layout.ids))
-        chosen = [i for i, (n, _) in enumerate(pack) if n < attended]
+        start = cache.get_seq_length() - len(layout.ids)
+        shared = torch.arange(before, start)
+        own = [torch.cat([shared, start + column]) for column in columns]
         found[position] = {
             "n": np.array([n for n, _ in pack]),
             "scores": scores,
             "tokens": tokens.numpy(),
             "log_p": best.numpy(),
-            **arrays,
-            "attended": np.array([pack[i][0] for i in chosen], dtype=np.int64),
-            "demonstrations": np.ascontiguousarray(arrays["demonstrations"][chosen]),
+            **_at_the_last(own, before, start, queries, outputs, cache),
         }
     return found
 
 
-def _at_the_last(columns, queries, outputs, cache, tokens):
-    """What each query's last column reads; ``columns`` are its places in the row."""
-    places = torch.stack([column[-1] for column in columns])
+def _at_the_last(own, before, start, queries, outputs, cache):
+    """What each query's last token reads.
+
+    ``own`` are the places of the queries' tokens, counted from the first of the
+    prefix; the row begins at place ``start``.
+    """
+    places = torch.stack([place[-1] for place in own]) - start
     read_by = [layer[:, places] for layer in queries]
     maps = torch.stack(
         [
@@ -188,14 +204,13 @@ def _at_the_last(columns, queries, outputs, cache, tokens):
             for query, layer in zip(read_by, cache.layers, strict=True)
         ]
     )
-    start = maps.shape[-1] - tokens
-    own = [maps[:, :, i, start + column] for i, column in enumerate(columns)]
+    mine = [maps[:, :, i, place] for i, place in enumerate(own)]
     return {
         "outputs": _array(torch.stack([rows[places] for rows in outputs], 1)),
         "queries": _array(torch.stack(read_by, 1).permute(2, 1, 0, 3)),
-        "own": _array(torch.cat(own, -1)),
-        "lengths": np.array([len(column) for column in columns]),
-        "demonstrations": _array(maps[..., :start].permute(2, 0, 1, 3)),
+        "own": _array(torch.cat(mine, -1)),
+        "lengths": np.array([len(place) for place in own]),
+        "demonstrations": _array(maps[..., :before].permute(2, 0, 1, 3)),
     }
 
 

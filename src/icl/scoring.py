@@ -1,10 +1,10 @@
 """Scoring label words behind shared demonstrations, no token computed twice.
 
-The demonstrations are one prefix that every query shares. Its keys and values
-are computed once; the queries follow it packed side by side in one row, each
-at the positions it would have alone, under a mask that lets a query see the
-prefix and itself. Where a label word has several tokens, the labels branch off
-their query in the same row.
+The demonstrations, and the words that all queries begin with, are one prefix.
+Its keys and values are computed once; the queries follow it packed side by side
+in one row, each at the positions it would have alone, under a mask that lets a
+query see the prefix and itself. Where a label word has several tokens, the
+labels branch off their query in the same row.
 """
 
 from typing import NamedTuple
@@ -41,6 +41,7 @@ def score(model, tokenizer, queries, label_words, demonstrations=""):
     """
     prefix, queries, labels = _encode(tokenizer, queries, label_words, demonstrations)
     _check_length(model, prefix, queries, labels)
+    prefix, queries = _share(prefix, queries)
     keys_values = _encode_prefix(model, prefix)
     scores = np.empty((len(queries), len(labels)))
     for pack in _packs(queries, labels):
@@ -102,6 +103,15 @@ def _check_length(model, prefix, queries, labels):
             f"{context}; give fewer demonstrations (prompt_prefix(..., "
             "context=...) says how many fit)"
         )
+
+
+def _share(prefix, queries):
+    """Let the tokens that all queries begin with join the prefix."""
+    first, shared = queries[0], 0
+    longest = min(map(len, queries)) - 1  # a query keeps its last token
+    while shared < longest and len({query[shared] for query in queries}) == 1:
+        shared += 1
+    return prefix + first[:shared], [query[shared:] for query in queries]
 
 
 def _encode_prefix(model, prefix):

@@ -1,0 +1,53 @@
+"""Linear maps by oneDNN against torch's default, in one process.
+
+Prints seconds with the default over seconds with oneDNN for SmolLM2 on MR:
+scoring without and behind 32 demonstrations, and finetuning. The two take turns,
+the least of three times counts, and the answers are compared. What the ratio is
+depends on the processor: about 1 where the default BLAS knows it well.
+"""
+
+import time
+
+import numpy as np
+import torch
+
+from icl.finetuning import kv_sgd
+from icl.models import _Linear, load_model
+from icl.scoring import score
+from icl.tasks import load_task, prompt_prefix
+
+QUERIES, DEMONSTRATIONS, SEED, REPEATS = 100, 32, 5, 3
+
+
+def main():
+    model, tokenizer = load_model(device="cpu", dtype=torch.float32)
+    task = load_task("mr")
+    examples = task.sample(DEMONSTRATIONS, SEED)
+    queries = [task.query(e) for e in task.evaluation[:QUERIES]]
+    texts = [task.demonstration(e) for e in examples]
+    prefix = prompt_prefix(task, examples, tokenizer)
+    words = task.label_words
+    work = {
+        "scoring": lambda: score(model, tokenizer, queries, words),
+        "scoring in context": lambda: score(model, tokenizer, queries, words, prefix),
+        "finetuning": lambda: np.array(kv_sgd(model, tokenizer, texts, 1e-3)[1]),
+    }
+    maps = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    print(f"{torch.get_num_threads()} threads")
+    for name, run in work.items():
+        best, found = {}, {}
+        for kind in [torch.nn.Linear, _Linear] * REPEATS:
+            for module in maps:
+                module.__class__ = kind
+            start = time.perf_counter()
+            found[kind] = run()
+            took = time.perf_counter() - start
+            best[kind] = min(took, best.get(kind, took))
+        plain, own = best[torch.nn.Linear], best[_Linear]
+        error = np.abs(found[torch.nn.Linear] - found[_Linear]).max()
+        print(f"{name}: {plain:.1f} s / {own:.1f} s = {plain / own:.2f} x", end="; ")
+        print(f"largest difference {error:.1e}")
+
+
+if __name__ == "__main__":
+    main()
