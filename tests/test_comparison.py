@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_model
 
 from icl.comparison import (
@@ -163,6 +164,23 @@ def test_similarities_from_separate_passes(model, tokenizer, tmp_path):
                 # rounding may turn a pair that is nearly tied
                 want = kendall(m_icl[None, None], np.array(m_ft)[None, None]).mean
                 assert found["Kendall"].values[n, l] == pytest.approx(want, abs=0.02)
+
+
+def test_front_token_of_a_layout_is_no_demonstration(model, tokenizer, tmp_path):
+    """Each text is trained on behind <s>, whose own queries are left out."""
+    subject = Subject(model, tokenizer, TASK, "eos")
+    examples = TASK.sample(3, 1)
+    update, queries = subject.finetune(examples, 0.05)
+    texts = ["<s>" + TASK.demonstration(e) for e in examples]
+    want, every = finetune_watched(model, tokenizer, texts, 0.05)
+    assert all(torch.equal(update[name], part) for name, part in want.items())
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    kept = np.concatenate([np.array(text) != 0 for text in ids])  # <s> is token 0
+    np.testing.assert_array_equal(queries, every[kept])
+    owner = demonstration_of_tokens(TASK, examples, tokenizer, "eos")
+    run = subject.record(tmp_path / "run", examples)["prompt"]
+    found = similarities(run, run, run, queries, owner)
+    assert np.isfinite(found["Kendall"].mean)
 
 
 def test_similarities_need_the_same_demonstrations(model, tokenizer, tmp_path):

@@ -18,7 +18,7 @@ from icl.finetuning import kv_sgd, updated
 from icl.heads import watch_queries
 from icl.recording import POSITIONS, record
 from icl.scoring import score
-from icl.tasks import Task, prompt_prefix
+from icl.tasks import Task, prompt_prefix, token_counts
 
 SEEDS = tuple(range(1, 8))
 LEARNING_RATES = tuple(m * s / 1e4 for s in (1, 10, 100, 1000) for m in range(1, 10))
@@ -64,12 +64,22 @@ class Subject:
         )
 
     def finetune(self, examples, learning_rate, **options):
-        """:func:`finetune_watched` on ``examples``, a step each, in their order."""
+        """:func:`finetune_watched` on ``examples``, a step each, in their order.
+
+        Of the attention queries, those of the examples' own tokens: not of the
+        token that a layout puts at the front.
+        """
         alone = self.prefix()
         texts = [alone + self.task.demonstration(e) for e in examples]
-        return finetune_watched(
+        update, queries = finetune_watched(
             self.model, self.tokenizer, texts, learning_rate, **options
         )
+        if not alone:
+            return update, queries
+        front = token_counts(self.tokenizer, [alone])[0]
+        counts = token_counts(self.tokenizer, texts)
+        own = np.concatenate([np.arange(n) >= front for n in counts])
+        return update, queries[own]
 
     def _asked(self):
         queries = [self.task.query(example) for example in self.task.evaluation]
