@@ -13,7 +13,7 @@ import pytest
 from conftest import tiny_model, word_tokenizer
 
 from icl import results
-from icl.tasks import Task
+from icl.tasks import Task, load_task
 
 TEXTS = ["good film", "dull story", "bright actors", "boring plot", "very moving"]
 ROWS = [{"text": t, "label": n % 2} for n, t in enumerate(TEXTS)]
@@ -106,34 +106,44 @@ def test_other_data_under_the_same_name_is_refused(finished):
         run(finished / "whole", task=other)
 
 
-def test_committed_rows_come_out_again(tmp_path, monkeypatch):
-    """CB, seed 3, from nothing: predictions and every measure of one finetuning."""
+def remake(root):
+    """The rows of CB, seed 3, finetuned, from nothing."""
     script = load_script("icl_vs_finetuning")
-    answers, about = results.read_table("icl_vs_finetuning")
+    rate = committed_rows()[0].learning_rate.unique().item()
+    results.ROOT = script.ROOT = Path(root)
+    script.Runs("smollm2-135m", "cb", "newline").measure("FT", 3, rate)
+
+
+def committed_rows():
     similarities, _ = results.read_table("similarities")
+    answers, _ = results.read_table("icl_vs_finetuning")
+    chosen = "task == 'cb' and setting == 'FT' and seed == 3"
+    similarities = similarities.query(chosen).set_index(["position", "measure"])
+    same_rate = answers.learning_rate == similarities.learning_rate.iloc[0]
+    return similarities, answers[same_rate].query(chosen)
+
+
+def test_committed_rows_come_out_again(tmp_path, monkeypatch):
+    """Predictions and every measure of one finetuning, end to end.
+
+    In a process of its own, so that its memory does not stay in this one.
+    """
     data = os.environ.get("ICL_DATA")
     if not data or not (Path(data) / "cb").is_dir():
         pytest.skip("needs the text of CB in ICL_DATA")
-    if (
-        script.load_task("cb").digest()
-        != about["smollm2-135m/cb/newline"]["data_sha256"]
-    ):
+    _, about = results.read_table("icl_vs_finetuning")
+    if load_task("cb").digest() != about["smollm2-135m/cb/newline"]["data_sha256"]:
         pytest.skip("ICL_DATA holds another CB than the tables were made from")
-    chosen = (
-        "model == 'smollm2-135m' and task == 'cb' and setting == 'FT' and seed == 3"
-    )
-    wanted = similarities.query(chosen).set_index(["position", "measure"])
-    rate = wanted.learning_rate.unique().item()
+    wanted, answered = committed_rows()
+    code = f"import test_results_scripts as t; t.remake({str(tmp_path)!r})"
+    here = Path(__file__).parent
+    subprocess.run([sys.executable, "-c", code], cwd=here, check=True)
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setattr(script, "ROOT", tmp_path)
-    runs = script.Runs("smollm2-135m", "cb", "newline")
-    runs.measure("FT", 3, rate)
-    made, _ = results.read_table("similarities")
-    made = made.set_index(["position", "measure"]).loc[wanted.index]
+    made, again = committed_rows()
+    made = made.loc[wanted.index]
     assert len(made) == 16
     for column in ("mean", "low", "high"):
         np.testing.assert_allclose(made[column], wanted[column], atol=5e-3)
-    row = answers.query(chosen + " and learning_rate == @rate").predictions.item()
-    again = results.read_table("icl_vs_finetuning")[0].query("setting == 'FT'")
-    differ = sum(a != b for a, b in zip(row, again.predictions.item(), strict=True))
-    assert differ <= 1  # rounding may turn a tie
+    for column in ("predictions", "calibrated"):
+        both = zip(answered[column].item(), again[column].item(), strict=True)
+        assert sum(a != b for a, b in both) <= 1  # rounding may turn a tie
