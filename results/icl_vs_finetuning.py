@@ -147,7 +147,8 @@ class Runs:
 
     def measure(self, *run):
         """Finetune, record and compare; a row for each measure and position."""
-        if run in self.measured:
+        diverged = run in self.done and self.done[run] is None
+        if run in self.measured or diverged:
             return
         setting, seed, rate = run
         examples = self.task.sample(self.k, seed)

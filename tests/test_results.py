@@ -53,6 +53,7 @@ def test_added_rows_replace_those_with_the_same_key(root):
     results.add_rows("t", [{"task": "cb", "seed": 1, "mean": 0.3}], key, "m/cb", FACTS)
     results.add_rows("t", [{"task": "mr", "seed": 2, "mean": 0.9}], key, "m/mr", FACTS)
     table, origin = results.read_table("t")
+    assert len(table) == 3
     means = table.set_index(key)["mean"].to_dict()
     assert means == {("mr", 1): 1 / 7, ("mr", 2): 0.9, ("cb", 1): 0.3}
     assert set(origin) == {"m/mr", "m/cb"}

@@ -29,7 +29,7 @@ def load_script(name):
     return module
 
 
-def run(root, kill_at=0, task=TASK):
+def run(root, kill_at=0, task=TASK, layer_causal_diverges=False):
     """The comparison on a tiny model; its finetunings are listed in a file."""
     script, root = load_script("icl_vs_finetuning"), Path(root)
     root.mkdir(exist_ok=True)
@@ -45,6 +45,8 @@ def run(root, kill_at=0, task=TASK):
             print([e["text"] for e in examples], rate, options, file=file)
         if kill_at and len(calls.read_text().splitlines()) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if layer_causal_diverges and options.get("layer_causal"):
+            raise FloatingPointError("finetuning diverged")
         return finetune(self, examples, rate, **options)
 
     script.Subject = type("Counted", (script.Subject,), {"finetune": counted})
@@ -87,6 +89,17 @@ def test_finished_run_computes_nothing(finished):
     before = (finished / "whole" / "calls.txt").read_text()
     run(finished / "whole")
     assert (finished / "whole" / "calls.txt").read_text() == before
+
+
+def test_diverged_recorded_run_is_kept_and_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    run(tmp_path, layer_causal_diverges=True)
+    table, _ = results.read_table("icl_vs_finetuning")
+    assert table[table.setting == "LCGD"].predictions.isna().tolist() == [True] * 7
+    assert set(results.read_table("similarities")[0].setting) == {"FT"}
+    before = (tmp_path / "calls.txt").read_text()
+    run(tmp_path, layer_causal_diverges=True)
+    assert (tmp_path / "calls.txt").read_text() == before
 
 
 def test_diverged_rates_are_kept_and_the_search_goes_on(finished):

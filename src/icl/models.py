@@ -82,8 +82,8 @@ def _product(x, weight, bias=None):
 class _Linear(torch.nn.Linear):
     """A linear map in float32 by oneDNN.
 
-    The same arithmetic as the default's: on processors that the default BLAS
-    does not know well it takes half the time (benchmarks/linear.py).
+    The same arithmetic as the default's, faster on processors that the default
+    BLAS does not know well (benchmarks/linear.py says by how much).
     """
 
     def forward(self, x):
