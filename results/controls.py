@@ -17,7 +17,7 @@ import torch
 from scipy.special import softmax
 
 from icl import metrics
-from icl.comparison import Subject, similarities
+from icl.comparison import DEMONSTRATIONS, Subject, similarities
 from icl.finetuning import updated
 from icl.models import DEFAULT, load_model, untrained
 from icl.recording import POSITIONS, record
@@ -26,7 +26,6 @@ from icl.tasks import PAPER_TASKS, demonstration_of_tokens, load_task
 
 TABLE, ORDERS = "controls", "orders"
 SEEDS, EXAMPLES, PERMUTATIONS = (1, 2, 3), 50, 10
-DEMONSTRATIONS = {"cb": 19, "agnews": 22}  # as icl_vs_finetuning
 RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # tried with the first seed
 WEIGHTS = {
     "trained": None,
@@ -283,7 +282,7 @@ def orders_of(subject, k, seed, rate):
 
 def main(model_name, task_name):
     task = load_task(task_name).head(EXAMPLES)
-    rate, k = picked_rate(model_name, task_name), DEMONSTRATIONS.get(task_name, 32)
+    rate, k = picked_rate(model_name, task_name), DEMONSTRATIONS[task_name]
     names = list(PAPER_TASKS)
     other = load_task(names[(names.index(task_name) + 3) % len(names)])
     fixed = {"model": model_name, "task": task_name}

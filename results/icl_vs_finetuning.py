@@ -22,7 +22,13 @@ import numpy as np
 import pandas as pd
 
 from icl import metrics
-from icl.comparison import SEEDS, Subject, protocol, similarities
+from icl.comparison import (
+    DEMONSTRATIONS,
+    SEEDS,
+    Subject,
+    protocol,
+    similarities,
+)
 from icl.finetuning import updated
 from icl.models import DEFAULT, load_model
 from icl.recording import POSITIONS, read
@@ -38,7 +44,6 @@ from icl.tasks import demonstration_of_tokens, load_task
 
 ANSWERS, SIMILARITIES = "icl_vs_finetuning", "similarities"
 SEPARATORS = {"newline": "\n", "eos": "eos"}
-DEMONSTRATIONS = {"cb": 19, "agnews": 22}  # as the original code; 32 for the others
 RUN = ["setting", "seed", "learning_rate"]
 STRIDE = 4  # of the first pass over the learning rates
 
@@ -51,7 +56,7 @@ class Runs:
         self.subject = Subject(
             *load_model(model_name), self.task, SEPARATORS[separator]
         )
-        self.k = DEMONSTRATIONS.get(task_name, 32)
+        self.k = DEMONSTRATIONS[task_name]
         self.fixed = {"model": model_name, "task": task_name, "separator": separator}
         self.part = "/".join(self.fixed.values())
         self.facts = provenance(
