@@ -58,21 +58,24 @@ def test_runs_and_picks(model, tokenizer):
 
 
 def test_runs_are_what_they_say(model, tokenizer):
-    run = predictor(Subject(model, tokenizer, TASK, " "), 3)
-    found = protocol(run, TASK.labels(), seeds=(2,), rates=(0.05,))
-    zsl, icl, ft = [run[3] for run in found]
     queries = [TASK.query(e) for e in ROWS]
-    lessons = TASK.sample(3, 2)
-    prefix = prompt_prefix(TASK, lessons, tokenizer, " ")
 
-    def predict(before):
+    def predict(lessons):
+        before = prompt_prefix(TASK, lessons, tokenizer, " ") if lessons else ""
         return score(model, tokenizer, queries, TASK.label_words, before).argmax(1)
 
-    np.testing.assert_array_equal(zsl, predict(""))
-    np.testing.assert_array_equal(icl, predict(prefix))
-    texts = [TASK.demonstration(e) for e in lessons]
-    with updated(model, kv_sgd(model, tokenizer, texts, 0.05)[0]):
-        np.testing.assert_array_equal(ft, predict(""))
+    run, told_apart = predictor(Subject(model, tokenizer, TASK, " "), 3), False
+    for seed in range(6):
+        found = protocol(run, TASK.labels(), seeds=(seed,), rates=(0.05,))
+        zsl, icl, ft = [run[3] for run in found]
+        lessons = TASK.sample(3, seed)
+        np.testing.assert_array_equal(zsl, predict([]))
+        np.testing.assert_array_equal(icl, predict(lessons))
+        told_apart |= (icl != predict(lessons[:-1])).any()
+        texts = [TASK.demonstration(e) for e in lessons]
+        with updated(model, kv_sgd(model, tokenizer, texts, 0.05)[0]):
+            np.testing.assert_array_equal(ft, predict([]))
+    assert told_apart  # two demonstrations answer otherwise than three
 
 
 def accuracy_of(rate):

@@ -243,6 +243,9 @@ def test_kendall_of_examples_and_recall():
     both = set(np.argsort(a[0, 0])[-3:]) & set(np.argsort(b[0, 0])[-3:])
     assert top_recall(a, b, 3).values[0, 0] == pytest.approx(len(both) / 3)
     assert top_recall(a, b, 7).mean == 1
+    a, b = np.array([[[5.0, 1, 2, 0]]]), np.array([[[4.0, 0, 1, 3]]])
+    assert top_recall(a, b, 1).mean == 1  # the first token leads in both
+    assert top_recall(a, b, 2).mean == 0.5
 
 
 def test_training_attention_against_a_loop():
