@@ -1,0 +1,121 @@
+"""Momentum attention against softmax attention alone, in one process.
+
+Prints ratios of the least of several times, the two taking turns:
+
+- forward and backward at 1,024 tokens, with one fixed rate and with one learned a
+  head, over ``scaled_dot_product_attention``; and the peak of the memory that each
+  allocates;
+- the sum alone at 8,192 tokens: a double loop over tokens (its inner loop a vector
+  operation; timed on the first 512 tokens and scaled by the number of pairs) and the
+  dense matrix of all decays, over the scan; and how the scan grows with the tokens;
+- one step of decoding behind 4,096 tokens.
+"""
+
+import time
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
+
+from icl.attention import momentum_attention
+
+HEADS, WIDTH, REPEATS = 12, 64, 7
+
+
+def fastest(*runs):
+    """The least seconds of each, the runs taking turns."""
+    best = [float("inf")] * len(runs)
+    for _ in range(REPEATS):
+        for n, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            best[n] = min(best[n], time.perf_counter() - start)
+    return best
+
+
+def peak(run):
+    """Most bytes that were allocated at one time while it ran, and not before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    now = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def drawn(batch, tokens, length=None):
+    shapes = [(batch, HEADS, n, WIDTH) for n in (tokens, *[length or tokens] * 2)]
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def trained(attention, inputs, *rates):
+    """Forward and backward; as in a model, nobody keeps the output for long."""
+    inputs = [x for x in (*inputs, *rates) if x.requires_grad]
+    back = torch.ones_like(inputs[0])
+    torch.autograd.grad((attention() * back).sum(), inputs)
+
+
+def main():
+    torch.manual_seed(0)
+    print(f"{torch.get_num_threads()} threads; {HEADS} heads of width {WIDTH}")
+    q, k, v = inputs = drawn(4, 1024)
+    learned = torch.full((HEADS,), 0.9, requires_grad=True)
+
+    def usual():
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    for name, eta in [("fixed", torch.tensor(0.9)), ("learned a head", learned)]:
+
+        def ours(eta=eta):
+            return momentum_attention(q, k, v, eta)
+
+        runs = [
+            lambda: trained(usual, inputs),
+            lambda ours=ours, eta=eta: trained(ours, inputs, eta),
+        ]
+        a, b = fastest(*runs)
+        print(f"1,024 tokens, forward and backward, eta {name}: ", end="")
+        print(f"{b:.3f} s / {a:.3f} s = {b / a:.2f} x", end="; ")
+        a, b = map(peak, runs)
+        print(f"memory {b / 1e6:.0f} / {a / 1e6:.0f} MB = {b / a:.2f} x")
+
+    times = []
+    for tokens in (1024, 2048, 4096, 8192, 16384):
+        q, k, v = (x.detach() for x in drawn(1, tokens))
+        alone = dict(eta=0.9, softmax=False)
+        times += fastest(lambda v=v: momentum_attention(v, v, v, **alone))
+        if tokens == 8192:
+            age = torch.arange(tokens)
+            age = age[:, None] - age
+
+            def dense(v=v, age=age):
+                return (0.9 ** age.clamp(min=0)).masked_fill(age < 1, 0) @ v
+
+            def loops(v=v, few=512):
+                for t in range(few):
+                    total = torch.zeros(HEADS, WIDTH)
+                    for i in range(t):
+                        total += 0.9 ** (t - i) * v[0, :, i]
+
+            (slow,), pairs = fastest(dense), (tokens / 512) ** 2
+            start = time.perf_counter()
+            loops()
+            naive = (time.perf_counter() - start) * pairs
+            print(f"8,192 tokens, the sum: dense {slow / times[-1]:.1f} x, ", end="")
+            print(f"double loop {naive / times[-1]:.0f} x the time of the scan")
+    growth = [f"{b / a:.2f}" for a, b in zip(times, times[1:], strict=False)]
+    print("the scan with twice the tokens, from 1,024 on:", ", ".join(growth), "x")
+
+    q, k, v = (x.detach() for x in drawn(1, 1, 4096))
+    runs = [
+        lambda: [scaled_dot_product_attention(q, k, v) for _ in range(50)],
+        lambda: [momentum_attention(q, k, v, 0.9) for _ in range(50)],
+    ]
+    a, b = fastest(*runs)
+    print(f"a token behind 4,096: {20 * b:.2f} ms / {20 * a:.2f} ms = {b / a:.2f} x")
+
+
+if __name__ == "__main__":
+    main()
