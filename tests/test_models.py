@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_model, word_tokenizer
+from transformers.pytorch_utils import Conv1D
 
 from icl import models
-from icl.models import _use_onednn, load_model, untrained
+from icl.models import load_model, untrained, use_onednn
 from icl.scoring import score
 
 
@@ -159,12 +160,16 @@ def test_shared_prefix_on_the_built_in_model(smollm):
     np.testing.assert_allclose(packed, np.concatenate(alone), atol=1e-4)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_linear_maps_of_a_loaded_model_and_their_gradients(bias):
+@pytest.mark.parametrize("kind", ["linear", "without bias", "Conv1D"])
+def test_linear_maps_of_a_loaded_model_and_their_gradients(kind):
     torch.manual_seed(0)
-    plain = torch.nn.Linear(24, 40, bias=bias)
-    _use_onednn(own := torch.nn.ModuleDict({"map": deepcopy(plain)}), "cpu")
-    assert type(own["map"]) is not torch.nn.Linear
+    if kind == "Conv1D":
+        plain = Conv1D(40, 24)
+        torch.nn.init.normal_(plain.bias)
+    else:
+        plain = torch.nn.Linear(24, 40, bias=kind == "linear")
+    use_onednn(own := torch.nn.ModuleDict({"map": deepcopy(plain)}))
+    assert type(own["map"]) is not type(plain)
     x = torch.randn(2, 5, 24, dtype=torch.float64)
     found = []
     for linear in (plain.double(), own["map"]):
@@ -178,7 +183,7 @@ def test_linear_maps_of_a_loaded_model_and_their_gradients(bias):
 
 
 def test_linear_maps_follow_an_update_and_other_dtypes():
-    _use_onednn(own := torch.nn.ModuleDict({"map": torch.nn.Linear(8, 8)}), "cpu")
+    use_onednn(own := torch.nn.ModuleDict({"map": torch.nn.Linear(8, 8)}))
     linear, x = own["map"], torch.randn(3, 8)
     with torch.no_grad():
         linear.weight.mul_(2)

@@ -356,7 +356,7 @@ def equip(model, kind, rate, learned=False, **options):
             "go through transformers' attention interface; that of gpt2, opt, "
             "gpt_neox, llama and qwen does"
         )
-    settings = {"rate": rate, "learned": learned, **options}
+    settings = {"kind": kind, "rate": rate, "learned": learned, **options}
     model.config.icl_attention = settings
     if learned:
         for module in attention_modules(model):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from icl.assets import ASSETS, ask_hub, cache_dir, fetch
 
@@ -52,7 +53,7 @@ def load_model(name=DEFAULT, device="auto", dtype=None):
     else:
         model, tokenizer = _from_hub(str(name), dtype)
     model = model.to(device).eval().requires_grad_(False)
-    _use_onednn(model, device)
+    use_onednn(model)
     return model, tokenizer
 
 
@@ -92,14 +93,27 @@ class _Linear(torch.nn.Linear):
         return _Product.apply(x, self.weight, self.bias)
 
 
-def _use_onednn(model, device):
-    if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
+class _Conv1D(Conv1D):
+    """What GPT-2 calls a linear map, likewise."""
+
+    def forward(self, x):
+        if x.dtype != torch.float32 or self.weight.dtype != torch.float32:
+            return super().forward(x)
+        return _Product.apply(x, self.weight.T, self.bias)
+
+
+def use_onednn(model):
+    """Let oneDNN compute a model's linear maps, on an x86 processor."""
+    device = next(model.parameters()).device
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = _Linear
+        elif type(module) is Conv1D:
+            module.__class__ = _Conv1D
 
 
 def untrained(model, seed, keep=()):
@@ -128,7 +142,7 @@ def untrained(model, seed, keep=()):
         embeds |= module is model.get_output_embeddings()
         if (embeds and "embeddings" in keep) or ("norm" in kind and "norms" in keep):
             own[name].load_state_dict(module.state_dict())
-    _use_onednn(fresh, fresh.device)
+    use_onednn(fresh)
     return fresh
 
 
