@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from icl.attention import rates
 from icl.training import (
     Plan,
+    TextBatches,
     gpt,
     load_trained,
     losses,
@@ -24,15 +25,7 @@ from icl.training import (
 )
 
 VOCABULARY, LENGTH = 11, 16
-PLAN = Plan(
-    steps=6,
-    batch=4,
-    length=LENGTH,
-    warm_up=2,
-    save_every=3,
-    evaluate_every=2,
-    seed=7,
-)
+PLAN = Plan(steps=6, batch=4, warm_up=2, save_every=3, evaluate_every=2)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +41,14 @@ def changed(plan, **changes):
     return Plan(**(vars(plan) | changes))
 
 
-def quiet(line):
-    pass
+def run(model, tokens, folder, plan=PLAN, report=lambda line: None, seed=7):
+    """Train on the text and measure on its first 40 tokens."""
+
+    def measure(model):
+        return losses(model, tokens[:40], LENGTH).mean()
+
+    batches = TextBatches(tokens, plan.batch, LENGTH, seed)
+    return train(model, batches, folder, plan, measure, report, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def straight(tokens, tmp_path_factory):
     """A run from start to end: its model and history."""
     model = small()
     folder = tmp_path_factory.mktemp("straight")
-    return model, train(model, tokens, folder, PLAN, tokens[:40], quiet), folder
+    return model, run(model, tokens, folder), folder
 
 
 def test_it_is_adamw_with_warm_up_and_cosine(tokens, straight):
@@ -97,12 +96,12 @@ def test_it_is_adamw_with_warm_up_and_cosine(tokens, straight):
     ids = torch.tensor(tokens[:32]).reshape(2, LENGTH)
     logits = model(ids).logits
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert history[-1]["held_out"] == pytest.approx(loss.item(), rel=1e-5)
+    assert history[-1]["measure"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_parts_of_a_batch_make_the_same_step(tokens, straight, tmp_path):
     model = small()
-    train(model, tokens, tmp_path, changed(PLAN, accumulate=2), report=quiet)
+    run(model, tokens, tmp_path, changed(PLAN, accumulate=2))
     for ours, theirs in zip(model.parameters(), straight[0].parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -114,16 +113,16 @@ def test_a_killed_run_goes_on_to_the_bit(tokens, straight, tmp_path, stop_at):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(small(), tokens, tmp_path, PLAN, tokens[:40], killed)
+        run(small(), tokens, tmp_path, report=killed)
     assert [f.name for f in tmp_path.glob("step-*")] == ["step-0000003"]
     (tmp_path / ".new.99").mkdir()  # half a checkpoint, of a kill while saving
     (tmp_path / ".new.99" / "model.safetensors").write_bytes(b"half")
     model = gpt("1m", VOCABULARY, LENGTH, seed=99)  # its weights must not matter
-    history = train(model, tokens, tmp_path, PLAN, tokens[:40], quiet)
+    history = run(model, tokens, tmp_path)
     assert history == straight[1]
     for ours, theirs in zip(model.parameters(), straight[0].parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert train(small(), tokens, tmp_path, PLAN, report=pytest.fail) == history
+    assert run(small(), tokens, tmp_path, report=pytest.fail) == history
 
 
 def command(tmp_path, tokens, folder, *launcher):
@@ -165,7 +164,7 @@ def test_two_processes_take_the_steps_of_one(tokens, tmp_path):
         assert "tokens/s" in done.stdout
         runs.append(load_trained(tmp_path / str(n)))
     (one, alone), (two, shared) = runs
-    for column in ("loss", "held_out"):
+    for column in ("loss", "measure"):
         found = [[row[column] for row in history] for history in (alone, shared)]
         np.testing.assert_allclose(*found, rtol=1e-5)
     torch.testing.assert_close(rates(two), rates(one), rtol=1e-4, atol=1e-5)
@@ -197,23 +196,21 @@ def test_a_process_killed_outright_goes_on_to_the_bit(tokens, tmp_path):
 def test_a_loss_that_diverges_stops_and_keeps_the_last_checkpoint(tokens, tmp_path):
     plan = changed(PLAN, steps=40, save_every=1, evaluate_every=1, learning_rate=1e20)
     with pytest.raises(FloatingPointError, match=r"not finite at step \d+ .*lower"):
-        train(small(), tokens, tmp_path, plan, report=quiet)
+        run(small(), tokens, tmp_path, plan)
     model, history = load_trained(tmp_path)
     assert all(math.isfinite(row["loss"]) for row in history)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(length=400), "300 tokens, too few for a sequence of 400"),
-        (dict(length=17), "17 tokens a sequence, but the model holds 16"),
-        (dict(accumulate=3), "batch of 4 does not divide into 3 parts"),
-    ],
-)
-def test_what_does_not_fit_is_refused_at_once(tokens, tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        train(small(), tokens, tmp_path, changed(PLAN, **changes), report=quiet)
+def test_what_does_not_fit_is_refused_at_once(tokens, tmp_path):
+    with pytest.raises(ValueError, match="300 tokens, too few for a sequence of 300"):
+        TextBatches(tokens, 4, 300)
+    with pytest.raises(ValueError, match="batch of 4 does not divide into 3 parts"):
+        run(small(), tokens, tmp_path, changed(PLAN, accumulate=3))
+    with pytest.raises(ValueError, match="windows of 17 .* the model holds 16"):
+        losses(small(), tokens, 17)
+    with pytest.raises(ValueError, match="windows of 16 .* the text has 10"):
+        losses(small(), tokens[:10], 16)
 
 
 def test_a_plan_says_what_is_wrong():
@@ -226,12 +223,12 @@ def test_a_plan_says_what_is_wrong():
 def test_another_runs_checkpoint_is_refused(tokens, straight):
     folder = straight[2]
     with pytest.raises(
-        ValueError, match="another plan: it has seed=7, this run seed=8"
+        ValueError, match="another data: it has seed=7, this run seed=8"
     ):
-        train(small(), tokens, folder, changed(PLAN, seed=8), report=quiet)
+        run(small(), tokens, folder, seed=8)
     other = small(dict(kind="momentum", rate=0.5))
     with pytest.raises(ValueError, match="another model: it has icl_attention=None"):
-        train(other, tokens, folder, PLAN, report=quiet)
+        run(other, tokens, folder)
 
 
 ARMS = {
@@ -250,7 +247,7 @@ def test_every_arm_starts_alike_and_comes_back(arm, tokens, tmp_path):
     for name, weight in small().named_parameters():
         assert torch.equal(dict(model.named_parameters())[name], weight)
     plan = changed(PLAN, steps=2)
-    train(model, tokens, tmp_path, plan, report=quiet)
+    run(model, tokens, tmp_path, plan)
     ids = torch.tensor(tokens[:LENGTH])[None]
     again, _ = load_trained(tmp_path)
     assert torch.equal(again(ids).logits, model(ids).logits)
@@ -261,16 +258,15 @@ def test_every_arm_starts_alike_and_comes_back(arm, tokens, tmp_path):
 
 
 def test_spread_sequences_train_all_positions(tokens, tmp_path):
-    before = small(positions=64).transformer.wpe.weight.clone()
-    plan = changed(PLAN, steps=20, batch=12, spread=True, weight_decay=0.0)
-    model = small(positions=64)
-    train(model, tokens, tmp_path, plan, report=quiet)
-    moved = (model.transformer.wpe.weight != before).any(1)
-    assert moved[:-1].all()  # the last token of a sequence predicts nothing
-    model = small(positions=64)
-    train(model, tokens, tmp_path / "no", changed(plan, spread=False), report=quiet)
-    moved = (model.transformer.wpe.weight != before).any(1)
-    assert moved.tolist() == [n < LENGTH - 1 for n in range(64)]
+    plan = changed(PLAN, steps=20, batch=12, weight_decay=0.0)
+    for positions, trained in [(None, LENGTH), (64, 64)]:
+        model = small(positions=64)
+        before = model.transformer.wpe.weight.clone()
+        batches = TextBatches(tokens, 12, LENGTH, positions=positions)
+        train(model, batches, tmp_path / str(positions), plan, report=str)
+        moved = (model.transformer.wpe.weight != before).any(1)
+        # the last token of a sequence predicts nothing
+        assert moved.tolist() == [n < trained - 1 for n in range(64)]
 
 
 def test_losses_are_those_of_windows_side_by_side(tokens):

@@ -1,4 +1,4 @@
-"""A small trainer of language models: GPT-2 with any attention of icl.attention.
+"""A small trainer: GPT-2 with any attention of icl.attention, on text or else.
 
 One loop for a processor, a graphics card or several processes: ``accelerate launch
 -m icl.training`` runs it on whatever accelerate was told. A checkpoint holds weights,
@@ -40,39 +40,31 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does; two runs of the same plan see the same tokens in the same order.
+    """What a run does.
 
     Attributes:
         steps: of the optimizer.
         batch: sequences a step, over all processes and accumulated parts.
-        length: tokens a sequence.
         accumulate: parts in which a process goes through its share of a batch.
         learning_rate: at its highest, after ``warm_up`` steps; from there a cosine
             goes down to a tenth of it.
         weight_decay: of matrices (AdamW).
         clip: largest norm of a gradient.
-        spread: begin every sequence at a random position, so that all positions of
-            the model are trained and not the first ``length`` alone.
-        seed: draws the batches.
         save_every, evaluate_every: steps.
     """
 
     steps: int = 600
     batch: int = 32
-    length: int = 128
     accumulate: int = 1
     learning_rate: float = 1e-3
     warm_up: int = 50
     weight_decay: float = 0.1
     clip: float = 1.0
-    spread: bool = False
-    seed: int = 0
     save_every: int = 500
     evaluate_every: int = 100
 
     def __post_init__(self):
-        whole = [f.name for f in fields(self) if f.type is int and f.name != "seed"]
-        for name in whole:
+        for name in (f.name for f in fields(self) if f.type is int):
             if getattr(self, name) < (0 if name == "warm_up" else 1):
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
@@ -85,12 +77,45 @@ class Plan:
         done = (step - self.warm_up) / max(1, self.steps - self.warm_up)
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
-    def drawn(self, step: int, tokens: int, positions: int):
-        """Where a step's sequences begin: in the text, and in position, ``(B,)``."""
+
+@dataclass(frozen=True)
+class TextBatches:
+    """Sequences from random places of a text: ``batches(step)`` for :func:`train`.
+
+    Attributes:
+        tokens: ids ``(N,)``, mapped (:func:`read_tokens`) or in memory.
+        batch: sequences a step; as the plan's.
+        length: tokens a sequence.
+        seed: draws the places, together with the step, so that every run of a seed
+            sees the same sequences in the same order.
+        positions: of the model. If given, every sequence begins at a random one of
+            them, so that all are trained and not the first ``length`` alone.
+    """
+
+    tokens: np.ndarray
+    batch: int
+    length: int
+    seed: int = 0
+    positions: int | None = None
+
+    def __post_init__(self):
+        if len(self.tokens) <= self.length:
+            raise ValueError(
+                f"the text has {len(self.tokens)} tokens, too few for a sequence of "
+                f"{self.length}"
+            )
+
+    def __call__(self, step: int) -> dict:
+        """Arguments of the model for a step, arrays ``(B, T)``."""
         rng = np.random.default_rng([self.seed, step])
-        text = rng.integers(0, tokens - self.length, self.batch)
-        last = positions - self.length if self.spread else 0
-        return text, rng.integers(0, last + 1, self.batch)
+        starts = rng.integers(0, len(self.tokens) - self.length, self.batch)
+        ids = [self.tokens[start : start + self.length] for start in starts]
+        ids = np.stack(ids).astype(np.int64)
+        drawn = {"input_ids": ids, "labels": ids}
+        if self.positions is not None:
+            first = rng.integers(0, self.positions - self.length + 1, (self.batch, 1))
+            drawn["position_ids"] = first + np.arange(self.length)
+        return drawn
 
 
 # --- tokens and models --------------------------------------------------------------
@@ -195,82 +220,76 @@ def _with(attention, model):
 # --- the loop -----------------------------------------------------------------------
 
 
-def train(model, tokens, folder, plan, held_out=None, report=print):
+def train(model, batches, folder, plan, measure=None, report=print, **data):
     """Train a model and keep it in ``folder``; go on where a killed run stopped.
 
     Args:
-        model: from :func:`gpt`; it is trained in place.
-        tokens: ids ``(N,)``, mapped (:func:`read_tokens`) or in memory.
+        model: from :func:`gpt`, or any module with a ``config`` whose call returns a
+            ``loss``; it is trained in place.
+        batches: a function of the step (from 0) that returns the model's arguments as
+            arrays, all with ``plan.batch`` rows: :class:`TextBatches`.
         folder: of the checkpoints, one run's own. The newest whole one is kept.
         plan: a :class:`Plan`.
-        held_out: ids to measure the loss on, every ``evaluate_every`` steps.
+        measure: a function of the model that returns a number, called every
+            ``evaluate_every`` steps on the main process.
         report: is called with a line of progress at each of these.
+        data: what else a checkpoint must agree on, such as the seed of the batches.
 
     Returns:
         list of dicts, one a measurement: ``step``, ``loss`` (the mean since the last
-        one), ``held_out`` (nats a token, over all windows of ``plan.length``; NaN
-        without such ids).
+        one), and ``measure`` where there is one.
 
     Raises:
-        ValueError: a text too short for a sequence, a batch that does not divide
-            among the processes, more tokens a sequence than the model holds, or a
-            folder with the checkpoint of another plan or model.
+        ValueError: a batch that does not divide among the processes, or a folder with
+            the checkpoint of another plan, model or data.
         FloatingPointError: the loss is not finite. The last checkpoint stays.
     """
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     accelerator = Accelerator(mixed_precision="bf16" if half else "no")
-    _check(plan, tokens, model.config.n_positions, accelerator.num_processes)
-    folder = Path(folder)
+    if plan.batch % (accelerator.num_processes * plan.accumulate):
+        raise ValueError(
+            f"a batch of {plan.batch} does not divide into {plan.accumulate} parts for "
+            f"each of {accelerator.num_processes} processes"
+        )
+    folder, identity = Path(folder), _identity(plan, model, data)
     model.to(accelerator.device).train()
-    decayed = [
-        {"params": [p for p in model.parameters() if p.ndim > 1]},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        decayed, plan.learning_rate, betas=(0.9, 0.95), weight_decay=plan.weight_decay
-    )
-    state = _restore(folder, plan, model, optimizer)
+    optimizer = _optimizer(model, plan)
+    state = _restore(folder, identity, model, optimizer)
     total = torch.tensor(state["total"], device=accelerator.device)
     running, optimizer = accelerator.prepare(model, optimizer)
     first, started = state["step"], time.perf_counter()
     for step in range(first, plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)
-        for n, part in enumerate(_parts(plan, step, tokens, model, accelerator)):
-            last = n == plan.accumulate - 1
-            with nullcontext() if last else accelerator.no_sync(running):
-                loss = running(**part).loss / plan.accumulate
-                accelerator.backward(loss)
-            total += loss.detach()
+        batch, done = batches(step), step + 1
+        total += _gradients(running, batch, plan, accelerator)
         accelerator.clip_grad_norm_(running.parameters(), plan.clip)
         optimizer.step()
         optimizer.zero_grad()
-        done, end = step + 1, step + 1 == plan.steps
-        measures = done % plan.evaluate_every == 0 or end
-        saves = done % plan.save_every == 0 or end
+        measures = done % plan.evaluate_every == 0 or done == plan.steps
+        saves = done % plan.save_every == 0 or done == plan.steps
         if not (measures or saves):
             continue
-        shared = float(accelerator.reduce(total, "mean"))
-        if not math.isfinite(shared):
+        loss = float(accelerator.reduce(total, "mean"))
+        if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is not finite at step {done} (learning rate "
                 f"{plan.rate(step):.1e}): lower learning_rate, or warm up for longer. "
                 f"The last checkpoint in {folder} is whole"
             )
         if measures:
-            row = {"step": done, "loss": shared / (done - state["since"])}
-            row["held_out"] = math.nan
-            if held_out is not None:
-                row["held_out"] = float(losses(model, held_out, plan.length).mean())
+            row = {"step": done, "loss": loss / (done - state["since"])}
+            pace = (time.perf_counter() - started) / (done - first)
+            if measure is not None and accelerator.is_main_process:
+                row["measure"] = float(measure(model))
             state["history"].append(row)
             state["since"] = done
             total.zero_()
             if accelerator.is_main_process:
-                pace = (time.perf_counter() - started) / (done - first)
-                report(_line(row, plan, pace))
+                report(_line(row, plan, batch, pace))
         state["step"], state["total"] = done, float(total)
         if saves and accelerator.is_main_process:
-            _save(folder, plan, model, optimizer, state)
+            _save(folder, identity, model, optimizer, state)
         accelerator.wait_for_everyone()
     model.eval()
     return state["history"]
@@ -284,7 +303,11 @@ def losses(model, tokens, length: int, batch: int = 32) -> np.ndarray:
         ValueError: fewer tokens than one window, or more a window than the model
             holds.
     """
-    _check_length(tokens, length, model.config.n_positions)
+    if not 1 < length <= min(len(tokens), model.config.n_positions):
+        raise ValueError(
+            f"windows of {length} tokens do not fit: the text has {len(tokens)}, the "
+            f"model holds {model.config.n_positions}"
+        )
     trained, found = model.training, []
     model.eval()
     windows = np.asarray(tokens[: len(tokens) // length * length]).reshape(-1, length)
@@ -298,64 +321,60 @@ def losses(model, tokens, length: int, batch: int = 32) -> np.ndarray:
     return torch.cat(found).numpy()
 
 
-def _parts(plan, step, tokens, model, accelerator):
-    """A process's share of a batch, in parts: arguments of the model."""
-    text, place = plan.drawn(step, len(tokens), model.config.n_positions)
-    share = plan.batch // accelerator.num_processes
-    mine = slice(accelerator.process_index * share, None)
-    size = share // plan.accumulate
-    text, place = (x[mine][:share].reshape(-1, size) for x in (text, place))
-    for starts, positions in zip(text, place, strict=True):
-        ids = np.stack([tokens[s : s + plan.length] for s in starts]).astype(np.int64)
-        ids = torch.from_numpy(ids).to(accelerator.device)
-        part = {"input_ids": ids, "labels": ids}
-        if plan.spread:
-            positions = torch.from_numpy(positions)[:, None] + torch.arange(plan.length)
-            part["position_ids"] = positions.to(accelerator.device)
-        yield part
-
-
-def _check(plan, tokens, positions, processes):
-    _check_length(tokens, plan.length, positions)
-    if plan.batch % (processes * plan.accumulate):
-        raise ValueError(
-            f"a batch of {plan.batch} does not divide into {plan.accumulate} parts for "
-            f"each of {processes} processes"
-        )
-
-
-def _check_length(tokens, length, positions):
-    if len(tokens) <= length:
-        raise ValueError(
-            f"the text has {len(tokens)} tokens, too few for a sequence of {length}"
-        )
-    if length > positions:
-        raise ValueError(f"{length} tokens a sequence, but the model holds {positions}")
-
-
-def _line(row, plan, pace):
-    left = pace * (plan.steps - row["step"])
-    speed = plan.batch * plan.length / pace
-    held_out = "" if math.isnan(row["held_out"]) else f" held out {row['held_out']:.4f}"
-    return (
-        f"step {row['step']}/{plan.steps} loss {row['loss']:.4f}{held_out} "
-        f"{speed:,.0f} tokens/s, {left / 60:.1f} min left"
+def _optimizer(model, plan):
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim > 1 and not name.endswith("momentum")
+        (decayed if matrix else others).append(parameter)
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        groups, plan.learning_rate, betas=(0.9, 0.95), weight_decay=plan.weight_decay
     )
 
 
-def _identity(plan, model):
+def _gradients(running, batch, plan, accelerator):
+    """Backward over this process's share of a batch; the mean loss."""
+    size = plan.batch // accelerator.num_processes // plan.accumulate
+    first = accelerator.process_index * plan.accumulate
+    total = 0.0
+    for n in range(plan.accumulate):
+        rows = slice((first + n) * size, (first + n + 1) * size)
+        part = {
+            name: torch.from_numpy(array[rows]).to(accelerator.device)
+            for name, array in batch.items()
+        }
+        last = n == plan.accumulate - 1
+        with nullcontext() if last else accelerator.no_sync(running):
+            loss = running(**part).loss / plan.accumulate
+            accelerator.backward(loss)
+        total += loss.detach()
+    return total
+
+
+def _line(row, plan, batch, pace):
+    tokens = np.prod(next(iter(batch.values())).shape[:2])
+    measured = f" measure {row['measure']:.4f}" if "measure" in row else ""
+    left = pace * (plan.steps - row["step"]) / 60
+    return (
+        f"step {row['step']}/{plan.steps} loss {row['loss']:.4f}{measured} "
+        f"{tokens / pace:,.0f} tokens/s, {left:.1f} min left"
+    )
+
+
+def _identity(plan, model, data):
     """What a checkpoint must agree on, as JSON has it."""
     config = model.config.to_diff_dict()
     for name in ("transformers_version", "dtype", "architectures"):
         config.pop(name, None)
-    return json.loads(json.dumps({"plan": asdict(plan), "model": config}))
+    about = {"plan": asdict(plan), "model": config, "data": data}
+    return json.loads(json.dumps(about))
 
 
 def _newest(folder):
     return max(folder.glob("step-*"), default=None)
 
 
-def _save(folder, plan, model, optimizer, state):
+def _save(folder, identity, model, optimizer, state):
     """Write a checkpoint beside the last one, then let it take its place."""
     scratch = folder / f".new.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -366,7 +385,7 @@ def _save(folder, plan, model, optimizer, state):
         {f"{n}.{name}": t for n, of in moments.items() for name, t in of.items()},
         scratch / "optimizer.safetensors",
     )
-    (scratch / "state.json").write_text(json.dumps(state | _identity(plan, model)))
+    (scratch / "state.json").write_text(json.dumps(state | identity))
     whole = folder / f"step-{state['step']:07d}"
     shutil.rmtree(whole, ignore_errors=True)
     os.replace(scratch, whole)
@@ -375,13 +394,13 @@ def _save(folder, plan, model, optimizer, state):
             shutil.rmtree(old)
 
 
-def _restore(folder, plan, model, optimizer):
+def _restore(folder, identity, model, optimizer):
     """Load the newest checkpoint, if there is one, and return where it stood."""
     last = _newest(folder)
     if last is None:
         return {"step": 0, "since": 0, "total": 0.0, "history": []}
     state = json.loads((last / "state.json").read_text())
-    for name, ours in _identity(plan, model).items():
+    for name, ours in identity.items():
         theirs = state.pop(name)
         if differ := [k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)]:
             raise ValueError(
@@ -425,26 +444,24 @@ def main(arguments):
     parser.add_argument("folder", type=Path, help="for checkpoints")
     parser.add_argument("--held-out", type=Path, help="tokens to measure on")
     parser.add_argument("--size", choices=SIZES, default="1m")
-    parser.add_argument("--positions", type=int, help="that the model holds")
     parser.add_argument("--attention", default="{}", help="of gpt, as JSON")
+    parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     for field in fields(Plan):
         name = "--" + field.name.replace("_", "-")
-        if field.type is bool:
-            parser.add_argument(name, action="store_true")
-        else:
-            parser.add_argument(name, type=field.type, default=field.default)
+        parser.add_argument(name, type=field.type, default=field.default)
     options = vars(parser.parse_args(arguments))
     plan = Plan(**{f.name: options[f.name] for f in fields(Plan)})
     tokens, about = read_tokens(options["tokens"])
-    held_out = options["held_out"] and read_tokens(options["held_out"])[0]
-    model = gpt(
-        options["size"],
-        about["vocabulary"],
-        options["positions"] or plan.length,
-        plan.seed,
-        json.loads(options["attention"]),
-    )
-    train(model, tokens, options["folder"], plan, held_out)
+    length, seed = options["length"], options["seed"]
+    attention = json.loads(options["attention"])
+    model = gpt(options["size"], about["vocabulary"], length, seed, attention)
+    measure = None
+    if options["held_out"]:
+        held_out, _ = read_tokens(options["held_out"])
+        measure = lambda model: losses(model, held_out, length).mean()  # noqa: E731
+    batches = TextBatches(tokens, plan.batch, length, seed)
+    train(model, batches, options["folder"], plan, measure, seed=seed, **about)
 
 
 if __name__ == "__main__":
