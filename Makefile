@@ -47,15 +47,18 @@ results: $(READY)  ## make the tables in results/ again (most of a day; ICL_DATA
 	  && $$compare --task mr --separator eos --icl-only \
 	  && for task in sst2 sst5 mr subj agnews cb; do $$run/controls.py --task $$task || exit 1; done \
 	  && $$run/meta_gradients.py && $$run/learners.py \
+	  && for name in shakespeare wikitext2 long beyond words regression recall; do $$run/momentum.py $$name || exit 1; done \
 	  && echo "tables in results/ after $$((SECONDS - start)) s"
 
-bench: $(READY)  ## measure scoring, recording and streaming against their peers
+bench: $(READY)  ## measure scoring, recording, streaming, attention and training against their peers
 	@echo "installing the benchmarks' own requirements ..."
 	@$(BIN)/pip install $(LOCK) -r benchmarks/requirements.txt
 	@start=$$SECONDS; $(BIN)/python benchmarks/streaming.py \
 	  && $(BIN)/python benchmarks/recording.py \
 	  && $(BIN)/python benchmarks/scoring.py \
 	  && $(BIN)/python benchmarks/linear.py \
+	  && $(BIN)/python benchmarks/attention.py \
+	  && $(BIN)/python benchmarks/training.py \
 	  && echo "benchmarks after $$((SECONDS - start)) s"
 
 clean:  ## delete what was built (not .venv, not the downloads)

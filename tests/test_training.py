@@ -15,6 +15,9 @@ from torch.nn.functional import cross_entropy
 from icl.attention import rates
 from icl.training import (
     Plan,
+    RecallBatches,
+    RegressionBatches,
+    Regressor,
     TextBatches,
     gpt,
     load_trained,
@@ -296,3 +299,41 @@ def test_tokens_come_back_and_damage_is_seen(tmp_path):
         write_tokens(tmp_path / "c.bin", ids, 9)
     with pytest.raises(ValueError, match="not one of 1m"):
         gpt("2b", 10, 10)
+
+
+def test_recall_asks_for_every_pair_once():
+    batch = RecallBatches(5, pairs=6, symbols=9, seed=2)(step=3)
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        shown = dict(zip(ids[:12:2], ids[1:12:2], strict=True))
+        assert len(shown) == 6
+        assert set(shown) <= set(range(9))
+        assert set(shown.values()) <= set(range(9, 18))
+        asked = dict(zip(ids[12::2], ids[13::2], strict=True))
+        assert asked == shown
+        assert list(asked) != list(shown)
+        answers = np.flatnonzero(labels >= 0)
+        assert answers.tolist() == list(range(13, 24, 2))
+        assert (labels[answers] == ids[answers]).all()
+    other = RecallBatches(5, 6, 9, seed=2)(step=4)["input_ids"]
+    assert (other != batch["input_ids"]).any()
+    with pytest.raises(ValueError, match="10 pairs need as many different symbols"):
+        RecallBatches(5, 10, 9)
+
+
+def test_regression_tasks_are_linear_and_a_regressor_looks_back_alone():
+    batch = RegressionBatches(400, examples=8, dim=3, seed=1)(0)
+    X, y = batch["X"].astype(float), batch["y"].astype(float)
+    w = np.linalg.solve(X[:, :3], y[:, :3, None])
+    np.testing.assert_allclose((X @ w)[..., 0], y, atol=1e-2)
+    assert y.var() == pytest.approx(1, abs=0.15)
+    model = Regressor(gpt("1m", 1, 16), 3).eval()
+    X, y = (torch.from_numpy(a[:2]) for a in batch.values())
+    found = model(X, y)
+    error = (found.predictions - y).square().mean()
+    assert found.loss.item() == pytest.approx(error.item())
+    changed_y, changed_x = y.clone(), X.clone()
+    changed_y[:, 4:] += 1  # its own label comes after the prediction
+    changed_x[:, 5:] += 1
+    again = model(changed_x, changed_y).predictions
+    torch.testing.assert_close(again[:, :5], found.predictions[:, :5])
+    assert ((again - found.predictions)[:, 5:].abs() > 1e-4).all()
