@@ -104,9 +104,19 @@ def test_it_is_adamw_with_warm_up_and_cosine(tokens, straight):
 
 def test_parts_of_a_batch_make_the_same_step(tokens, straight, tmp_path):
     model = small()
-    run(model, tokens, tmp_path, changed(PLAN, accumulate=2))
+    history = run(model, tokens, tmp_path, changed(PLAN, accumulate=2))
+    for row, whole in zip(history, straight[1], strict=True):
+        assert row == pytest.approx(whole, rel=1e-5)
     for ours, theirs in zip(model.parameters(), straight[0].parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_learned_weights_are_not_decayed(tokens, tmp_path):
+    model = small(ARMS["convolution"])
+    before = rates(model)
+    run(model, tokens, tmp_path, changed(PLAN, steps=1, warm_up=0, weight_decay=90.0))
+    # a first step of Adam is at most the learning rate; decay would be 90 times it
+    assert (rates(model) - before).abs().max() < 1.1e-3
 
 
 @pytest.mark.parametrize("stop_at", [4, 6])
@@ -123,6 +133,7 @@ def test_a_killed_run_goes_on_to_the_bit(tokens, straight, tmp_path, stop_at):
     model = gpt("1m", VOCABULARY, LENGTH, seed=99)  # its weights must not matter
     history = run(model, tokens, tmp_path)
     assert history == straight[1]
+    assert [f.name for f in tmp_path.glob("step-*")] == ["step-0000006"]
     for ours, theirs in zip(model.parameters(), straight[0].parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert run(small(), tokens, tmp_path, report=pytest.fail) == history
@@ -139,23 +150,16 @@ def command(tmp_path, tokens, folder, *launcher):
 
 
 def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def test_two_processes_take_the_steps_of_one(tokens, tmp_path):
     launched = [
         ["-m", "icl.training"],
         [
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes=2",
-            "--num_machines=1",
-            "--mixed_precision=no",
-            "--dynamo_backend=no",
-            "--main_process_port=0",
-            "-m",
-            "icl.training",
+            *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"),
+            *("--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"),
+            *("--main_process_port=0", "-m", "icl.training"),
         ],
     ]
     runs = []
@@ -165,6 +169,7 @@ def test_two_processes_take_the_steps_of_one(tokens, tmp_path):
         assert done.returncode == 0, done.stderr
         assert "step 6/6 loss" in done.stdout
         assert "tokens/s" in done.stdout
+        assert (", 2 processes" in done.stdout) == (n == 1)
         runs.append(load_trained(tmp_path / str(n)))
     (one, alone), (two, shared) = runs
     for column in ("loss", "measure"):

@@ -382,7 +382,7 @@ def train(model, batches, folder, plan, measure=None, report=print, **data):
             state["since"] = done
             total.zero_()
             if accelerator.is_main_process:
-                report(_line(row, plan, batch, pace))
+                report(_line(row, plan, batch, pace, accelerator.num_processes))
         state["step"], state["total"] = done, float(total)
         if saves and accelerator.is_main_process:
             _save(folder, identity, model, optimizer, state)
@@ -447,13 +447,14 @@ def _gradients(running, batch, plan, accelerator):
     return total
 
 
-def _line(row, plan, batch, pace):
+def _line(row, plan, batch, pace, processes):
     tokens = np.prod(next(iter(batch.values())).shape[:2])
     measured = f" measure {row['measure']:.4f}" if "measure" in row else ""
     left = pace * (plan.steps - row["step"]) / 60
     return (
         f"step {row['step']}/{plan.steps} loss {row['loss']:.4f}{measured} "
         f"{tokens / pace:,.0f} tokens/s, {left:.1f} min left"
+        + (f", {processes} processes" if processes > 1 else "")
     )
 
 
