@@ -21,8 +21,8 @@ SIZE, VOCABULARY, LENGTH, BATCH, STEPS, ROUNDS = "1m", 256, 256, 16, 15, 4
 PLAN = Plan(steps=STEPS, batch=BATCH, evaluate_every=STEPS, save_every=10**6)
 ARMS = {
     "softmax": None,
-    "momentum": {"kind": "momentum", "rate": 0.5},
-    "momentum, learned": {"kind": "momentum", "rate": 0.5, "learned": True},
+    "momentum": {"kind": "momentum", "eta": 0.5},
+    "momentum, learned": {"kind": "momentum", "eta": 0.5, "learned": True},
 }
 
 

@@ -39,7 +39,7 @@ TABLE = "momentum"
 
 
 def momentum(rate, **options):
-    return {"kind": "momentum", "rate": rate, **options}
+    return {"kind": "momentum", "eta": rate, **options}
 
 
 ARMS = {
@@ -53,10 +53,10 @@ ARMS = {
     "momentum .9, normalised": momentum(0.9, normalise=True),
     "momentum, learned": momentum(0.5, learned=True),
     "decay .9 alone": momentum(0.9, softmax=False),
-    "heavy ball .9": {"kind": "heavy_ball", "rate": 0.9},
+    "heavy ball .9": {"kind": "heavy_ball", "mu": 0.9},
     "layerwise .5": {"layerwise": 0.5},
-    "shift .5": {"kind": "convolution", "rate": 0.5, "reach": 1},
-    "convolution, learned": dict(kind="convolution", rate=0.5, reach=4, learned=True),
+    "shift .5": {"kind": "convolution", "eta": 0.5, "reach": 1},
+    "convolution, learned": dict(kind="convolution", eta=0.5, reach=4, learned=True),
 }
 FEW = ("softmax", "momentum .5", "momentum, learned", "convolution, learned")
 SOME = (*FEW, "momentum .9", "shift .5", "heavy ball .9")

@@ -224,11 +224,11 @@ def test_padding_on_the_right_is_refused():
 # --- in models ----------------------------------------------------------------------
 
 CASES = [
-    dict(kind="momentum", rate=0.7),
-    dict(kind="momentum", rate=0.7, normalise=True, softmax=False),
-    dict(kind="momentum", rate=0.7, learned=True),
-    dict(kind="heavy_ball", rate=0.7),
-    dict(kind="convolution", rate=0.7, reach=3, learned=True),
+    dict(kind="momentum", eta=0.7),
+    dict(kind="momentum", eta=0.7, normalise=True, softmax=False),
+    dict(kind="momentum", eta=0.7, learned=True),
+    dict(kind="heavy_ball", mu=0.7),
+    dict(kind="convolution", eta=0.7, reach=3, learned=True),
 ]
 IDS = torch.tensor([[3, 7, 5, 9, 4, 11, 6, 8, 5, 3, 12, 7]])
 
@@ -273,13 +273,13 @@ def test_token_by_token_is_the_whole_pass(family, case):
 @pytest.mark.parametrize("family", THROUGH_INTERFACE)
 def test_with_a_vanishing_rate_it_is_the_models_own_attention(family):
     own = tiny_model(family)(IDS).logits
-    model = equip(tiny_model(family), "momentum", 1e-30)
+    model = equip(tiny_model(family), "momentum", eta=1e-30)
     assert torch.equal(model(IDS).logits, own)
 
 
 @pytest.mark.parametrize("family", THROUGH_INTERFACE)
 def test_packed_scoring_is_scoring_one_by_one(family, tokenizer):
-    model = equipped(family, kind="momentum", rate=0.7, learned=True)
+    model = equipped(family, kind="momentum", eta=0.7, learned=True)
     queries = ["Review : a bad film Sentiment :", "Review : good Sentiment :"]
     labels = ["Positive", "Negative", "Unclearly"]
     shown = "Review : the plot was dull . Sentiment : Negative "
@@ -299,7 +299,7 @@ def test_packed_scoring_is_scoring_one_by_one(family, tokenizer):
 
 
 def test_a_saved_model_comes_back(tmp_path):
-    model = equip(tiny_model("llama"), "momentum", 0.6)
+    model = equip(tiny_model("llama"), "momentum", eta=0.6)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(
         tmp_path, attn_implementation="icl_momentum"
@@ -312,7 +312,7 @@ def test_a_saved_model_comes_back(tmp_path):
 
 
 def test_learned_rates_are_learned_and_not_lost(tmp_path):
-    model = equip(tiny_model("gpt2"), "momentum", 0.25, learned=True)
+    model = equip(tiny_model("gpt2"), "momentum", eta=0.25, learned=True)
     torch.testing.assert_close(rates(model), torch.full((3, 4), 0.25).double())
     model(IDS, labels=IDS).loss.backward()
     for block in model.transformer.h:
@@ -326,13 +326,13 @@ def test_learned_rates_are_learned_and_not_lost(tmp_path):
     other.set_attn_implementation("icl_momentum")
     with pytest.raises(ValueError, match="not loaded"):
         other(IDS)
-    other = equip(tiny_model("gpt2"), "momentum", 0.25, learned=True)
+    other = equip(tiny_model("gpt2"), "momentum", eta=0.25, learned=True)
     other.load_state_dict(state)
     assert torch.equal(rates(other), rates(model))
 
 
 def test_fixed_rates_are_told():
-    model = equip(tiny_model("gpt2"), "convolution", 0.5, reach=2)
+    model = equip(tiny_model("gpt2"), "convolution", eta=0.5, reach=2)
     expected = torch.tensor([0.5, 0.25]).double().expand(3, 4, 2)
     torch.testing.assert_close(rates(model), expected)
 
@@ -356,22 +356,32 @@ def test_layerwise_momentum_looks_ahead():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("kind", "options", "message"),
     [
-        (("nesterov", 0.5), "not one of momentum, heavy_ball, convolution"),
-        (("momentum", 1.5), r"rate must lie in \(0, 1\), not 1.5"),
-        (("convolution", 0.5), "needs reach"),
+        ("nesterov", {}, "not one of momentum, heavy_ball, convolution"),
+        ("momentum", {}, "momentum is told eta, normalise, softmax; given were none"),
+        ("momentum", {"eta": 1.5}, r"eta must lie in \(0, 1\), not 1.5"),
+        ("heavy_ball", {"eta": 0.5}, "heavy_ball is told mu; given were eta"),
+        ("heavy_ball", {"mu": 0.5, "normalise": True}, "is told mu; given were mu, no"),
+        ("heavy_ball", {"mu": 0.0}, r"mu must lie in \(0, 1\), not 0.0"),
+        ("convolution", {"eta": 0.5}, "is told eta, reach; given were eta"),
+        ("convolution", {"eta": 0.5, "reach": 0}, "reach is 1 token or more, not 0"),
     ],
 )
-def test_equip_says_what_is_wrong(arguments, message):
+def test_equip_says_what_is_wrong(kind, options, message):
     with pytest.raises(ValueError, match=message):
-        equip(tiny_model("gpt2"), *arguments)
+        equip(tiny_model("gpt2"), kind, **options)
 
 
-def test_equip_names_what_it_cannot_replace():
+def test_what_cannot_be_replaced_is_named():
     with pytest.raises(ValueError, match="XGLMForCausalLM cannot be replaced"):
-        equip(tiny_model("xglm"), "momentum", 0.5)
-    with pytest.raises(ValueError, match="heavy_ball takes no option normalise"):
-        equip(tiny_model("gpt2"), "heavy_ball", 0.5, normalise=True)
+        equip(tiny_model("xglm"), "momentum", eta=0.5)
     with pytest.raises(ValueError, match=r"mu must lie in \(0, 1\)"):
         layerwise_momentum(tiny_model("gpt2"), 1.0)
+
+
+def test_what_was_learned_before_is_gone():
+    model = equip(tiny_model("gpt2"), "convolution", eta=0.5, reach=2, learned=True)
+    equip(model, "momentum", eta=0.3)
+    assert not [name for name in model.state_dict() if name.endswith("momentum")]
+    assert (rates(model) == 0.3).all()

@@ -144,7 +144,7 @@ def command(tmp_path, tokens, folder, *launcher):
     options = dict(steps=6, batch=4, length=LENGTH, warm_up=2, save_every=1, seed=3)
     options |= dict(evaluate_every=1, held_out=path, size="1m")
     words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", v)]
-    attention = json.dumps(dict(kind="momentum", rate=0.5, learned=True))
+    attention = json.dumps(dict(kind="momentum", eta=0.5, learned=True))
     words = [path, folder, *words, "--attention", attention]
     return [sys.executable, *launcher, *map(str, words)]
 
@@ -234,17 +234,17 @@ def test_another_runs_checkpoint_is_refused(tokens, straight):
         ValueError, match="another data: it has seed=7, this run seed=8"
     ):
         run(small(), tokens, folder, seed=8)
-    other = small(dict(kind="momentum", rate=0.5))
+    other = small(dict(kind="momentum", eta=0.5))
     with pytest.raises(ValueError, match="another model: it has icl_attention=None"):
         run(other, tokens, folder)
 
 
 ARMS = {
     "softmax": None,
-    "momentum": dict(kind="momentum", rate=0.5),
-    "learned": dict(kind="momentum", rate=0.5, learned=True),
-    "heavy ball": dict(kind="heavy_ball", rate=0.9),
-    "convolution": dict(kind="convolution", rate=0.5, reach=4, learned=True),
+    "momentum": dict(kind="momentum", eta=0.5),
+    "learned": dict(kind="momentum", eta=0.5, learned=True),
+    "heavy ball": dict(kind="heavy_ball", mu=0.9),
+    "convolution": dict(kind="convolution", eta=0.5, reach=4, learned=True),
     "layerwise": dict(layerwise=0.3),
 }
 

@@ -313,57 +313,65 @@ def _repeated(x, heads):
 
 # --- in a model ---------------------------------------------------------------------
 
-OPTIONS = {  # what each kind of attention can be told besides its rate
-    "momentum": {"normalise", "softmax"},
-    "heavy_ball": set(),
-    "convolution": {"reach"},
+#: What each kind of attention is told; None stands for what has no default.
+KINDS = {
+    "momentum": {"eta": None, "normalise": False, "softmax": True},
+    "heavy_ball": {"mu": None},
+    "convolution": {"eta": None, "reach": None},
 }
 
 
-def equip(model, kind, rate, learned=False, **options):
+def equip(model, kind, learned=False, **options):
     """Give all layers of a model one of the attentions of this module.
 
     Args:
         model: a gpt2, opt, gpt_neox, llama or qwen of transformers. It is changed.
         kind: ``"momentum"``, ``"heavy_ball"`` or ``"convolution"``.
-        rate: in (0, 1): ``eta``, ``mu``, or the convolution's weight at distance
-            one; further on its weights are the powers of ``rate``.
-        learned: let every head of every layer learn its own, from ``rate`` on. The
-            parameters are called ``momentum`` and live in the attention modules:
-            the logits of ``eta`` or ``mu``, or the weights themselves.
-        options: ``normalise`` and ``softmax`` of :func:`momentum_attention`; ``reach``
-            of a convolution, J.
+        learned: let every head of every layer learn its own rate, from the given one
+            on. The parameters are called ``momentum`` and live in the attention
+            modules: the logits of ``eta`` or ``mu``, or a convolution's weights.
+        options: ``eta``, ``normalise`` and ``softmax`` as of
+            :func:`momentum_attention`; ``mu`` as of :func:`heavy_ball_attention`; a
+            convolution's ``reach``, J, and ``eta``, whose powers are its weights.
 
     Returns:
         the model. Its configuration keeps the choices as ``icl_attention``, so that a
         saved model with a fixed rate comes back with them.
 
     Raises:
-        ValueError: an unknown kind or option, a rate outside (0, 1), a convolution
-            without reach, or an architecture whose attention cannot be replaced.
+        ValueError: an unknown kind or option, one that is missing, a rate outside
+            (0, 1), or an architecture whose attention cannot be replaced.
     """
-    if kind not in OPTIONS:
-        raise ValueError(f"kind {kind!r} is not one of {', '.join(OPTIONS)}")
-    if unknown := {*options} - OPTIONS[kind]:
-        raise ValueError(f"{kind} takes no option {', '.join(sorted(unknown))}")
-    if not 0 < rate < 1:
-        raise ValueError(f"rate must lie in (0, 1), not {rate}")
-    if kind == "convolution" and options.get("reach", 0) < 1:
-        raise ValueError("a convolution needs reach=J, the tokens it looks back, 1..")
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+    settings = KINDS[kind] | options
+    missing = [name for name, value in settings.items() if value is None]
+    if missing or len(settings) > len(KINDS[kind]):
+        raise ValueError(
+            f"{kind} is told {', '.join(KINDS[kind])}; given were "
+            f"{', '.join(options) or 'none'}"
+        )
+    for name in {"eta", "mu"} & {*settings}:
+        if not 0 < settings[name] < 1:
+            raise ValueError(f"{name} must lie in (0, 1), not {settings[name]}")
+    if settings.get("reach", 1) < 1:
+        raise ValueError(f"reach is 1 token or more, not {settings['reach']}")
     if not model._supports_attention_backend:
         raise ValueError(
             f"the attention of {type(model).__name__} cannot be replaced: it does not "
             "go through transformers' attention interface; that of gpt2, opt, "
             "gpt_neox, llama and qwen does"
         )
-    settings = {"kind": kind, "rate": rate, "learned": learned, **options}
+    settings |= {"kind": kind, "learned": learned}
     model.config.icl_attention = settings
-    if learned:
-        for module in attention_modules(model):
-            start = torch.tensor([rate])
-            start = _powers(settings) if kind == "convolution" else start.logit()
+    for module in attention_modules(model):
+        if hasattr(module, "momentum"):  # of what it was equipped with before
+            del module.momentum
+        if learned:
+            start = _given(settings)
+            start = start if kind == "convolution" else start.logit()
             start = start.repeat(model.config.num_attention_heads, 1).squeeze(1)
-            module.momentum = Parameter(start.to(model.device))
+            module.momentum = Parameter(start.float().to(model.device))
     model.set_attn_implementation(f"icl_{kind}")
     return model
 
@@ -412,8 +420,13 @@ def layerwise_momentum(model, mu):
     return [block.register_forward_pre_hook(ahead) for block in blocks]
 
 
-def _powers(settings):
-    return settings["rate"] ** torch.arange(1, settings["reach"] + 1).double()
+def _given(settings):
+    """The rate ``(1,)``, or a convolution's weights ``(J,)``."""
+    if "reach" in settings:
+        distance = torch.arange(1, settings["reach"] + 1)
+        return settings["eta"] ** distance.double()
+    rate = settings["mu"] if settings["kind"] == "heavy_ball" else settings["eta"]
+    return torch.tensor([rate], dtype=torch.float64)
 
 
 def _settled(module, device):
@@ -422,18 +435,18 @@ def _settled(module, device):
     if settings is None:
         raise ValueError(
             "this attention has not been told its numbers: call "
-            "icl.attention.equip(model, kind, rate)"
+            "icl.attention.equip(model, kind, ...)"
         )
-    if settings["learned"]:
-        if not hasattr(module, "momentum"):
-            raise ValueError(
-                "this model learned its rates, and they are not loaded: call "
-                "icl.attention.equip first, then load its weights"
-            )
-        rate = _fine(module.momentum, device)
-        return rate if "reach" in settings else rate.sigmoid()
-    rate = _powers(settings)[None] if "reach" in settings else [settings["rate"]]
-    return _fine(rate, device)
+    if not settings["learned"]:
+        rate = _given(settings)
+        return _fine(rate[None] if "reach" in settings else rate, device)
+    if not hasattr(module, "momentum"):
+        raise ValueError(
+            "this model learned its rates, and they are not loaded: call "
+            "icl.attention.equip first, then load its weights"
+        )
+    rate = _fine(module.momentum, device)
+    return rate if "reach" in settings else rate.sigmoid()
 
 
 def _attend(kind):
@@ -449,9 +462,9 @@ def _attend(kind):
         if kind == "convolution":
             past = _convolved(value, rate, asked, mask)
         else:
-            past = _past(value, rate, asked, mask, settings.get("normalise"))
+            past = _past(value, rate, asked, mask, settings["normalise"])
         past = past.transpose(1, 2).to(value.dtype)
-        if not settings.get("softmax", True):
+        if kind == "momentum" and not settings["softmax"]:
             return past, None
         usual, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
         return usual + past, None
@@ -459,6 +472,6 @@ def _attend(kind):
     return attend
 
 
-for _kind in OPTIONS:
+for _kind in KINDS:
     AttentionInterface.register(f"icl_{_kind}", _attend(_kind))
     AttentionMaskInterface.register(f"icl_{_kind}", sdpa_mask)
