@@ -181,7 +181,8 @@ def run_chapter(name: str, parameters: dict, folder: Path) -> dict:
     under their names only when the run has ended well.
 
     Returns:
-        the record: ``chapter, key, seconds, peak_gb, notebook, again``.
+        the record: ``chapter, key, seconds, peak_gb, notebook, again``. The peak is
+        never below what the calling process held, since its child starts from there.
 
     Raises:
         ChapterError: the chapter failed; the message ends with its error.
