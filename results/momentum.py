@@ -14,21 +14,21 @@ initial weights and see the same sequences in the same order. Measures:
 import argparse
 import hashlib
 import shutil
-from dataclasses import astuple
-from functools import lru_cache
+from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from icl.attention import rates
+from icl.attention import equip, rates
 from icl.corpora import BYTES, as_bytes, byte_pairs, load_text
+from icl.learners import InContextRegressor
 from icl.results import ROOT, add_rows, check_origin, provenance, read_table, table_path
+from icl.synthetic import linear_labels, sample_inputs
 from icl.training import (
     Plan,
     RecallBatches,
-    RegressionBatches,
-    Regressor,
     TextBatches,
     gpt,
     losses,
@@ -124,39 +124,68 @@ def on_text(spec, arm, seed, folder):
     yield from learned(model, steps)
 
 
+class Regression(torch.nn.Module):
+    """An :class:`InContextRegressor` with its loss, for the trainer."""
+
+    def __init__(self, seed, attention):
+        super().__init__()
+        self.predict = InContextRegressor(5, 11, 128, 4, 4, seed)
+        self.config = self.predict.body.config
+        if attention:
+            equip(self.predict.body, **attention)
+
+    def forward(self, X, y):
+        found = self.predict(X, y)
+        return SimpleNamespace(predictions=found, loss=(found - y).square().mean())
+
+
+class LinearTasks(NamedTuple):
+    """Batches of linear tasks with labels of variance 1."""
+
+    batch: int
+    seed: int
+
+    def __call__(self, step):
+        g = torch.Generator().manual_seed(self.seed * 10**7 + step)
+        X = sample_inputs(g, self.batch, 11, 5)
+        return {"X": X.numpy(), "y": (linear_labels(g, X) / 5**0.5).numpy()}
+
+
 def in_context(name, arm, seed, folder):
     """Train one arm to learn in context; its rows."""
     if name == "regression":
-        steps, batches = 3000, RegressionBatches(32, 11, 5, seed)
-        model = Regressor(gpt("1m", 1, 22, seed, ARMS[arm]), 5)
-        label = "error"
+        plan, make = Plan(3000), LinearTasks
+        model, label = Regression(seed, ARMS[arm]), "error"
 
         def judge(found, batch):
             return (found.predictions.numpy() - batch["y"])[:, -1] ** 2
     else:
-        steps, batches = 1500, RecallBatches(32, 16, 64, seed)
-        model = gpt("1m", 128, 64, seed, ARMS[arm])
-        label = "recall"
+        plan, make = Plan(1500), partial(RecallBatches, pairs=16, symbols=64)
+        model, label = gpt("1m", 128, 64, seed, ARMS[arm]), "recall"
 
         def judge(found, batch):
             asked = batch["labels"][:, 1:]
             right = found.logits[:, :-1].argmax(-1).numpy() == asked
             return right[asked >= 0]
 
-    steps = round(MORE * steps) if arm == "softmax, more steps" else steps
+    unseen = make(plan.batch, seed=10**6)  # no run is trained on these
 
     @torch.inference_mode()
     def measure(model):
         found = []
-        for n in range(8):  # batches that no run is trained on
-            batch = type(batches)(*astuple(batches)[:-1], seed=10**6)(n)
+        for n in range(8):
+            batch = unseen(n)
             given = {name: torch.from_numpy(array) for name, array in batch.items()}
             found.append(judge(model(**given), batch))
         return np.concatenate(found).mean()
 
-    history = train(model, batches, folder, Plan(steps), measure, seed=seed)
+    history = train(
+        model, make(plan.batch, seed=seed), folder, plan, measure, seed=seed
+    )
     yield from rows_of(history, label)
-    yield from learned(getattr(model, "body", model), steps)
+    yield from learned(
+        model.predict.body if name == "regression" else model, plan.steps
+    )
 
 
 def row(measure, value, step):

@@ -16,8 +16,6 @@ from icl.attention import rates
 from icl.training import (
     Plan,
     RecallBatches,
-    RegressionBatches,
-    Regressor,
     TextBatches,
     gpt,
     load_trained,
@@ -323,22 +321,3 @@ def test_recall_asks_for_every_pair_once():
     assert (other != batch["input_ids"]).any()
     with pytest.raises(ValueError, match="10 pairs need as many different symbols"):
         RecallBatches(5, 10, 9)
-
-
-def test_regression_tasks_are_linear_and_a_regressor_looks_back_alone():
-    batch = RegressionBatches(400, examples=8, dim=3, seed=1)(0)
-    X, y = batch["X"].astype(float), batch["y"].astype(float)
-    w = np.linalg.solve(X[:, :3], y[:, :3, None])
-    np.testing.assert_allclose((X @ w)[..., 0], y, atol=1e-2)
-    assert y.var() == pytest.approx(1, abs=0.15)
-    model = Regressor(gpt("1m", 1, 16), 3).eval()
-    X, y = (torch.from_numpy(a[:2]) for a in batch.values())
-    found = model(X, y)
-    error = (found.predictions - y).square().mean()
-    assert found.loss.item() == pytest.approx(error.item())
-    changed_y, changed_x = y.clone(), X.clone()
-    changed_y[:, 4:] += 1  # its own label comes after the prediction
-    changed_x[:, 5:] += 1
-    again = model(changed_x, changed_y).predictions
-    torch.testing.assert_close(again[:, :5], found.predictions[:, :5])
-    assert ((again - found.predictions)[:, 5:].abs() > 1e-4).all()

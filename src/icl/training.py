@@ -16,7 +16,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -164,30 +163,6 @@ class RecallBatches:
         return {"input_ids": ids, "labels": labels}
 
 
-@dataclass(frozen=True)
-class RegressionBatches:
-    """Linear tasks ``y = w·x/√d``, all entries standard normal.
-
-    ``batches(step)`` for :func:`train` with a :class:`Regressor`.
-
-    Attributes:
-        batch, examples, dim: B, N and d.
-        seed: draws the tasks, together with the step.
-    """
-
-    batch: int
-    examples: int
-    dim: int
-    seed: int = 0
-
-    def __call__(self, step: int) -> dict:
-        """``X`` ``(B, N, d)`` and ``y`` ``(B, N)``, float32."""
-        rng = np.random.default_rng([self.seed, step])
-        X = rng.standard_normal((self.batch, self.examples, self.dim), np.float32)
-        w = rng.standard_normal((self.batch, self.dim, 1), np.float32)
-        return {"X": X, "y": (X @ w)[..., 0] / np.float32(math.sqrt(self.dim))}
-
-
 # --- tokens and models --------------------------------------------------------------
 
 
@@ -285,32 +260,6 @@ def _with(attention, model):
     elif attention:
         equip(model, **attention)
     return model
-
-
-class Regressor(torch.nn.Module):
-    """A GPT that reads ``x_1, y_1, x_2, ...`` and predicts each y at its x, in the way
-    of Garg et al. (2022).
-
-    Args:
-        body: from :func:`gpt`, of at least ``2 N`` positions; its vocabulary is idle.
-        dim: d.
-    """
-
-    def __init__(self, body, dim):
-        super().__init__()
-        self.config, self.body = body.config, body.transformer
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.read_in = torch.nn.Linear(dim + 1, self.config.n_embd)
-            self.read_out = torch.nn.Linear(self.config.n_embd, 1)
-
-    def forward(self, X, y):
-        """Predictions ``(B, N)`` of ``y`` from what comes before, and their loss."""
-        pairs = torch.zeros(*y.shape, 2, X.shape[-1] + 1, device=X.device)
-        pairs[:, :, 0, :-1], pairs[:, :, 1, -1] = X, y
-        hidden = self.body(inputs_embeds=self.read_in(pairs.flatten(1, 2)))
-        found = self.read_out(hidden.last_hidden_state[:, ::2])[..., 0]
-        return SimpleNamespace(predictions=found, loss=(found - y).square().mean())
 
 
 # --- the loop -----------------------------------------------------------------------
