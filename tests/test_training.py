@@ -292,6 +292,8 @@ def test_tokens_come_back_and_damage_is_seen(tmp_path):
     assert found.tolist() == ids.tolist()
     assert about["vocabulary"] == 70000
     assert about["source"] == "here"
+    other = read_tokens(write_tokens(tmp_path / "d.bin", ids[::-1], 70000))[1]
+    assert other["sha256"] != about["sha256"]  # or a run would go on with another text
     assert write_tokens(tmp_path / "b.bin", ids[:2], 6).stat().st_size == 4
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ValueError, match="holds 3 tokens, and 4 were written"):

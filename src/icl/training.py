@@ -7,6 +7,7 @@ on a CPU to the bit.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -188,9 +189,11 @@ def write_tokens(path, ids, vocabulary: int, **facts) -> Path:
     dtype = np.uint16 if vocabulary <= 2**16 else np.uint32
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    ids.astype(dtype).tofile(scratch)
+    ids = ids.astype(dtype)
+    ids.tofile(scratch)
     os.replace(scratch, path)
     about = {"tokens": len(ids), "vocabulary": vocabulary, "dtype": dtype.__name__}
+    about["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()  # tells texts apart
     write_atomically(path.with_suffix(".json"), json.dumps(about | facts, indent=2))
     return path
 
