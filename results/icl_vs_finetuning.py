@@ -17,11 +17,13 @@ with ``--every-rate`` at all 36.
 
 import argparse
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from icl import metrics
+from icl.assets import sha256
 from icl.comparison import (
     DEMONSTRATIONS,
     SEEDS,
@@ -51,16 +53,22 @@ STRIDE = 4  # of the first pass over the learning rates
 class Runs:
     """One model, task and separator: runs to make, and runs made."""
 
-    def __init__(self, model_name, task_name, separator):
-        self.task = load_task(task_name)
+    def __init__(self, model_name, task_name, separator, examples=None):
+        self.task = load_task(task_name).head(examples)
         self.subject = Subject(
             *load_model(model_name), self.task, SEPARATORS[separator]
         )
         self.k = DEMONSTRATIONS[task_name]
+        known, weights = {}, Path(model_name)
+        if weights.exists():
+            model_name = weights.stem
+        if weights.is_file():
+            known["model_sha256"] = sha256(weights)
         self.fixed = {"model": model_name, "task": task_name, "separator": separator}
         self.part = "/".join(self.fixed.values())
         self.facts = provenance(
             **self.fixed,
+            **known,
             data_sha256=self.task.digest(),
             data_source=self.task.source,
             demonstrations=self.k,
@@ -213,8 +221,8 @@ def text(predictions):
     return "" if predictions is None else "".join(map(str, predictions))
 
 
-def main(model_name, task_name, separator, finetune=True, stride=STRIDE):
-    runs = Runs(model_name, task_name, separator)
+def main(model_name, task_name, separator, finetune=True, stride=STRIDE, examples=None):
+    runs = Runs(model_name, task_name, separator, examples)
     labels = runs.task.labels()
     if not finetune:
         for _ in protocol(runs.answer, labels, finetune=False):
@@ -235,11 +243,12 @@ def main(model_name, task_name, separator, finetune=True, stride=STRIDE):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=DEFAULT)
+    parser.add_argument("--model", default=DEFAULT, help="as icl.models.load_model")
     parser.add_argument("--task", default="mr")
     parser.add_argument("--separator", choices=SEPARATORS, default="newline")
     parser.add_argument("--icl-only", action="store_true", help="no finetuning")
     parser.add_argument("--every-rate", action="store_true", help="not coarse to fine")
+    parser.add_argument("--examples", type=int, help="evaluate on so many")
     options = parser.parse_args()
     main(
         options.model,
@@ -247,4 +256,5 @@ if __name__ == "__main__":
         options.separator,
         finetune=not options.icl_only,
         stride=1 if options.every_rate else STRIDE,
+        examples=options.examples,
     )

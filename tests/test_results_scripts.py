@@ -1,5 +1,6 @@
 """The scripts that make the tables: killed, resumed, refused, remade."""
 
+import hashlib
 import importlib.util
 import os
 import signal
@@ -29,7 +30,9 @@ def load_script(name):
     return module
 
 
-def run(root, kill_at=0, task=TASK, layer_causal_diverges=False):
+def run(
+    root, kill_at=0, task=TASK, layer_causal_diverges=False, model="m", examples=None
+):
     """The comparison on a tiny model; its finetunings are listed in a file."""
     script, root = load_script("icl_vs_finetuning"), Path(root)
     root.mkdir(exist_ok=True)
@@ -50,7 +53,7 @@ def run(root, kill_at=0, task=TASK, layer_causal_diverges=False):
         return finetune(self, examples, rate, **options)
 
     script.Subject = type("Counted", (script.Subject,), {"finetune": counted})
-    script.main("m", "tiny", "newline")
+    script.main(model, "tiny", "newline", examples=examples)
 
 
 @pytest.fixture
@@ -117,6 +120,21 @@ def test_other_data_under_the_same_name_is_refused(finished):
     other = Task("tiny", "Review : {text} is", ["Positive", "Negative"], ROWS, ROWS)
     with pytest.raises(ValueError, match="m/tiny/newline with data_sha256 .* not mix"):
         run(finished / "whole", task=other)
+
+
+def test_weights_in_a_file_are_known_by_its_name_and_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    weights = tmp_path / "another-1b.gguf"
+    for content in (b"one", b"two"):
+        weights.write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        run(tmp_path / digest, model=str(weights), examples=3)
+        table, about = results.read_table("icl_vs_finetuning")
+        assert about["another-1b/tiny/newline"]["model_sha256"] == digest
+        assert table.predictions.dropna().str.len().unique().tolist() == [3]
+    weights.write_bytes(b"one")
+    with pytest.raises(ValueError, match="model_sha256 .* not mix"):
+        run(tmp_path / digest, model=str(weights), examples=3)
 
 
 def remake(root):

@@ -86,7 +86,7 @@ def add_rows(name: str, rows: list[dict], key: list[str], part: str, facts: dict
 def check_origin(name: str, about: dict, part: str, facts: dict):
     """Raise ``ValueError`` if rows of ``part`` were made from something else."""
     known = about.get(part, {})
-    for fact in ("model", "data_sha256", "demonstrations"):
+    for fact in ("model", "model_sha256", "data_sha256", "demonstrations"):
         if known.get(fact, facts.get(fact)) != facts.get(fact):
             raise ValueError(
                 f"table {name!r} holds rows of {part} with {fact} {known[fact]!r} "
