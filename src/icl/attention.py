@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from icl.heads import attention_modules
 
 CHUNK = 32  # tokens that one product of matrices sums
-BLOCK = 256  # rows of scores that are held at a time
+BLOCK = 128  # rows of scores that are held at a time
 
 
 def momentum_attention(
