@@ -1,18 +1,26 @@
 """Regularised, augmented and negative attention: by loops, and as gradient steps."""
 
+import copy
 import math
 
 import pytest
 import torch
+from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from icl.attention import (
+    View,
     augmented_attention,
+    differential_attention,
+    equip,
     negative_attention,
     regularised_attention,
 )
 from icl.kernels import contrastive_loss, gram_features, initial_weight, normaliser
+from icl.scoring import score
+from icl.tasks import token_counts
 
 
 def draw(*shape, seed=0):
@@ -273,3 +281,226 @@ def test_gradients(tokens):
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(*inputs())
+
+
+# --- controls and kin ---------------------------------------------------------------
+
+
+def total_weight(attend, q, k, **options):
+    """The sum of the weights, that is attention to values of one."""
+    return attend(q, k, torch.ones_like(k), **options)[..., :1]
+
+
+@settings(deadline=None, max_examples=20)
+@given(strength=st.floats(-1.5, 1.5), part=st.integers(0, 1), seed=st.integers(0, 99))
+def test_controls_keep_the_weight_and_drop_the_contrast(strength, part, seed):
+    q, k, v = inputs(4, 2, seed=seed)
+    if part:
+        q = q[:, :, -1:]
+    shown = torch.arange(9) < 4 if part else None
+    for attend in (
+        lambda *x, **o: regularised_attention(*x, strength, shown, **o),
+        lambda *x, **o: negative_attention(*x, strength, 2, shown, **o),
+    ):
+        weight = total_weight(attend, q, k)
+        matched = total_weight(attend, q, k, matched=True)
+        torch.testing.assert_close(weight, matched)
+    control = regularised_attention(q, k, v, strength, shown, matched=True)
+    plain = regularised_attention(q, k, v, 0.0, shown)
+    weight = total_weight(lambda *x: regularised_attention(*x, strength, shown), q, k)
+    torch.testing.assert_close(control, plain * weight)
+    control = negative_attention(q, k, v, strength, 2, shown, matched=True)
+    scaled = (1 - strength) * v
+    if shown is None:
+        scaled[:, :, 0] = v[:, :, 0]  # has none before it to be pushed from
+    expected = augmented_attention(q, k, v, lambda _: scaled, lambda k: k, shown)
+    torch.testing.assert_close(control, expected)
+
+
+def test_differential_attention_by_hand():
+    q, k, v = inputs(4, 2)
+    weights = []
+    for half in (slice(0, 2), slice(2, 4)):
+        scores = q[..., half] @ k[..., half].repeat_interleave(2, 1).mT / 2**0.5
+        future = torch.ones(9, 9, dtype=torch.bool).triu(1)
+        weights.append(scores.masked_fill(future, -torch.inf).softmax(-1))
+    expected = (weights[0] - 0.3 * weights[1]) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(differential_attention(q, k, v, 0.3), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": False}, {"depth": 3}])
+def test_views_begin_as_the_identity_and_can_leave_it(options):
+    view, z = View(4, 9, seed=1, **options), torch.randn(2, 3, 5, 4)
+    torch.testing.assert_close(view(z), z)
+    view(z).square().sum().backward()
+    assert view.out.grad.abs().max() > 0
+    view = View(4, 9, seed=1, **(options | {"depth": 1}))
+    with torch.no_grad():
+        view.out.fill_(1.0)
+    step = torch.nn.functional.gelu(z @ view.into[0].T) @ torch.ones(9, 4)
+    expected = z + step if options.get("residual", True) else step
+    torch.testing.assert_close(view(z), expected)
+
+
+# --- in models ----------------------------------------------------------------------
+
+IDS = torch.tensor([[3, 7, 5, 9, 4, 11, 6, 8, 5, 3, 12, 7]])
+FAMILIES = ["gpt2", "opt", "gpt_neox", "llama", "qwen3"]
+CASES = [
+    dict(kind="regularised", alpha=0.6),
+    dict(kind="regularised", alpha=0.6, matched=True),
+    dict(kind="augmented", hidden=16),
+    dict(kind="augmented", matched=True),
+    dict(kind="negative", beta=0.7, k=3),
+    dict(kind="negative", beta=0.7, k=3, matched=True),
+    dict(kind="differential", lam=0.4),
+]
+
+
+def changed(model):
+    """Let the learned parts leave where they began."""
+    for name, parameter in model.named_parameters():
+        if name.endswith((".out", ".by")):
+            parameter.data += 0.5 * torch.randn_like(parameter)
+    return model
+
+
+def equipped(family, **case):
+    return changed(equip(tiny_model(family), **case)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
+def test_token_by_token_is_the_whole_pass(family, case):
+    model = equipped(family, **case)
+    whole = model(IDS).logits
+    assert (whole - tiny_model(family)(IDS).logits).abs().max() > 1e-2
+    cache, steps = None, []
+    for first, last in [(0, 4), *((n, n + 1) for n in range(4, IDS.shape[1]))]:
+        out = model(IDS[:, first:last], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+    padded = torch.cat([torch.ones(1, 5, dtype=torch.long), IDS], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :5] = 0
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    options = {} if family == "opt" else {"position_ids": position}
+    behind = model(padded, attention_mask=mask, **options).logits[:, 5:]
+    torch.testing.assert_close(behind, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(kind="regularised", alpha=0.0),
+        dict(kind="augmented", hidden=7),
+        dict(kind="augmented", hidden=70, residual=False, depth=2),
+        dict(kind="negative", beta=0.0, k=2),
+        dict(kind="negative", beta=0.9, k=4, demonstrations=12),
+    ],
+)
+def test_nothing_changed_is_the_models_own_attention(family, case):
+    own = tiny_model(family)(IDS).logits
+    found = equip(tiny_model(family), **case)(IDS).logits
+    torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("front", [0, 8])
+@pytest.mark.parametrize("case", CASES[::2], ids=lambda c: c["kind"])
+def test_packed_scoring_is_scoring_one_by_one(case, front, tokenizer):
+    """Behind a prefix that is read as demonstrations, or token by token."""
+    shown = "Review : the plot was dull . Sentiment : Negative "
+    queries = ["a bad film Sentiment :", "so very good and moving Type :"]
+    labels = ["Positive", "Negative"]
+    case = dict(case)
+    if front and case["kind"] != "differential":
+        case["demonstrations"] = token_counts(tokenizer, [shown])[0]
+    model = equipped("llama", **case)
+    found = score(model, tokenizer, queries, labels, shown)
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    prefix = model(torch.tensor([ids(shown)]), use_cache=True)
+    for query, row in zip(queries, found, strict=True):
+        cache = copy.deepcopy(prefix.past_key_values)
+        out = model(torch.tensor([ids(query)]), past_key_values=cache)
+        log_p = out.logits[0, -1].log_softmax(-1)
+        expected = [log_p[ids(" " + label)[0]].item() for label in labels]
+        assert row.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_front_of_a_sequence_is_its_demonstrations():
+    """Of one layer: the functions, on what its attention is given."""
+    model = equip(tiny_model("gpt2"), "regularised", alpha=0.8, demonstrations=7)
+    seen = {}
+    block = model.transformer.h[0].attn
+    block.c_attn.register_forward_hook(lambda m, i, out: seen.update(qkv=out))
+    block.c_proj.register_forward_pre_hook(lambda m, i: seen.update(out=i[0]))
+    model(IDS)
+    q, k, v = (
+        x.unflatten(-1, (4, 8)).transpose(1, 2) for x in seen["qkv"].split(32, -1)
+    )
+    expected = regularised_attention(q, k, v, 0.8, torch.arange(12) < 7)
+    torch.testing.assert_close(seen["out"], expected.transpose(1, 2).flatten(2))
+
+
+def test_a_saved_model_comes_back(tmp_path):
+    model = equip(tiny_model("llama"), "negative", beta=0.6, k=2)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="icl_negative"
+    )
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_learned_views_are_learned_and_not_lost():
+    model = equip(tiny_model("llama"), "augmented", hidden=5)
+    model(IDS, labels=IDS).loss.backward()
+    parts = {n: p for n, p in model.named_parameters() if ".of_" in n}
+    assert len(parts) == 3 * 2 * 2
+    for name, part in parts.items():
+        assert (part.grad.abs().max() > 0) == name.endswith("out")
+    other = tiny_model("llama")
+    other.config.icl_attention = model.config.icl_attention
+    other.set_attn_implementation("icl_augmented")
+    with pytest.raises(ValueError, match="learned its views, and they are not load"):
+        other(IDS)
+    equip(model, "regularised", alpha=0.1)
+    assert not [name for name, _ in model.named_parameters() if ".of_" in name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("regularised", {}, "regularised is told alpha, demonstrations, matched; give"),
+        ("regularised", {"alpha": math.nan}, "alpha must be finite, not nan"),
+        ("negative", {"beta": math.inf, "k": 2}, "beta must be finite, not inf"),
+        ("negative", {"beta": 1.0, "k": 0}, "k is 1 token or more, not 0"),
+        (
+            "negative",
+            {"beta": 1.0, "k": 9, "demonstrations": 9},
+            "k must be less than the 9 demonstrations, not 9",
+        ),
+        ("augmented", {}, "depth is 1 or more, and .* hidden width of 1 or more"),
+        (
+            "augmented",
+            {"hidden": 15, "residual": False},
+            "heads of width 8 need a hidden width of 16 or more",
+        ),
+        ("augmented", {"hidden": 8, "depth": 0}, "a view of depth 0 with 8 hidden"),
+        ("differential", {"lam": -math.inf}, "lam must be finite"),
+        ("differential", {"lam": 0.1, "learned": True}, "learned is for momentum, hea"),
+    ],
+)
+def test_equip_says_what_is_wrong(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        equip(tiny_model("gpt2"), kind, **options)
+
+
+def test_dropout_is_refused():
+    model = equip(tiny_model("gpt2", attn_pdrop=0.1), "regularised", alpha=0.3)
+    with pytest.raises(ValueError, match="regularised attention has no dropout"):
+        model.train()(IDS)
