@@ -16,6 +16,7 @@ from icl.attention import (
     differential_attention,
     equip,
     negative_attention,
+    rates,
     regularised_attention,
 )
 from icl.kernels import contrastive_loss, gram_features, initial_weight, normaliser
@@ -447,6 +448,24 @@ def test_the_front_of_a_sequence_is_its_demonstrations():
     torch.testing.assert_close(seen["out"], expected.transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_layers_keep_their_own(family):
+    """The middle one's output changes and nothing before it."""
+    seen = {}
+    for name, options in {"own": None, "middle": {"layers": [1]}, "all": {}}.items():
+        model = tiny_model(family)
+        if options is not None:
+            equip(model, "regularised", alpha=0.9, **options)
+        found = model(IDS, output_hidden_states=True)
+        seen[name] = found.hidden_states
+    torch.testing.assert_close(seen["middle"][1], seen["own"][1])
+    assert (seen["middle"][2] - seen["own"][2]).abs().max() > 1e-3
+    assert (seen["middle"][3] - seen["all"][3]).abs().max() > 1e-3
+    model = equip(tiny_model(family), "momentum", eta=0.5, learned=True, layers=[0, 2])
+    assert rates(model).shape == (2, 4)
+    assert len([n for n, _ in model.named_parameters() if "momentum" in n]) == 2
+
+
 def test_a_saved_model_comes_back(tmp_path):
     model = equip(tiny_model("llama"), "negative", beta=0.6, k=2)
     model.save_pretrained(tmp_path)
@@ -492,6 +511,11 @@ def test_learned_views_are_learned_and_not_lost():
         ),
         ("augmented", {"hidden": 8, "depth": 0}, "a view of depth 0 with 8 hidden"),
         ("differential", {"lam": -math.inf}, "lam must be finite"),
+        (
+            "differential",
+            {"lam": 0.3, "layers": [2, 3]},
+            r"layers are numbers from 0 to 2, not \[2, 3\]",
+        ),
         ("differential", {"lam": 0.1, "learned": True}, "learned is for momentum, hea"),
     ],
 )

@@ -45,8 +45,8 @@ KINDS = {
 RATED = ("momentum", "heavy_ball", "convolution")
 
 
-def equip(model, kind, learned=False, **options):
-    """Give all layers of a model one of the attentions of this package.
+def equip(model, kind, learned=False, layers=None, **options):
+    """Give layers of a model one of the attentions of this package.
 
     Args:
         model: a gpt2, opt, gpt_neox, llama or qwen of transformers. It is changed.
@@ -56,6 +56,7 @@ def equip(model, kind, learned=False, **options):
             rate, from the given one on. The parameters are called ``momentum`` and
             live in the attention modules: the logits of ``eta`` or ``mu``, or a
             convolution's weights.
+        layers: which, as numbers from 0 on; left out, all. The others keep their own.
         options: by the names of the function that the kind has, such as ``eta`` for
             :func:`momentum_attention`; a convolution's ``reach``, J, and ``eta``,
             whose powers are its weights. ``demonstrations`` is a number here: so many
@@ -105,12 +106,20 @@ def equip(model, kind, learned=False, **options):
             "go through transformers' attention interface; that of gpt2, opt, "
             "gpt_neox, llama and qwen does"
         )
-    settings |= {"kind": kind, "learned": learned}
+    modules = attention_modules(model)
+    layers = range(len(modules)) if layers is None else layers
+    if not {*layers} <= {*range(len(modules))}:
+        raise ValueError(
+            f"layers are numbers from 0 to {len(modules) - 1}, not {[*layers]}"
+        )
+    settings |= {"kind": kind, "learned": learned, "layers": [*layers]}
     model.config.icl_attention = settings
-    for layer, module in enumerate(attention_modules(model)):
+    for layer, module in enumerate(modules):
         for name in ("momentum", "of_key", "of_value"):
             if hasattr(module, name):  # of what it was equipped with before
                 delattr(module, name)
+        if layer not in layers:
+            continue
         if learned:
             start = _given(settings)
             start = start if kind == "convolution" else start.logit()
@@ -135,14 +144,18 @@ def _view(model, settings, seed):
 
 
 def rates(model):
-    """Rates of each head of an equipped model: ``(L, H)``, a convolution's
+    """Rates of each head of the equipped layers: ``(L, H)``, a convolution's
     ``(L, H, J)``.
 
     Raises:
         ValueError: it is not equipped, or with an attention that has no rates.
     """
     heads = model.config.num_attention_heads
-    found = [_settled(m, model.device) for m in attention_modules(model)]
+    found = [
+        _settled(module, model.device)
+        for module in attention_modules(model)
+        if module.layer_idx in _told(module)["layers"]
+    ]
     return torch.stack([rate.detach().expand(heads, *rate.shape[1:]) for rate in found])
 
 
@@ -224,6 +237,8 @@ def _attend(kind):
         if attention_mask is None and 1 < tokens < length:  # a cache to be filled
             key, value = key[:, :, :tokens], value[:, :, :tokens]
         asked, mask = query.shape[1:3], attention_mask
+        if module.layer_idx not in _told(module)["layers"]:
+            return sdpa_attention_forward(module, query, key, value, mask, **options)
         if kind not in RATED:
             return _contrast(module, query, key, value, mask, **options)
         rate, settings = _settled(module, value.device), module.config.icl_attention
@@ -246,7 +261,7 @@ def _attend(kind):
 def _contrast(module, query, key, value, mask, scaling=None, **options):
     settings = {**_told(module)}
     kind, front = settings.pop("kind"), settings.pop("demonstrations", 0)
-    settings.pop("learned")
+    del settings["learned"], settings["layers"]
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if options.get("dropout"):
