@@ -47,7 +47,7 @@ results: $(READY)  ## make the tables in results/ again (most of a day; ICL_DATA
 	  && $$compare --task mr --separator eos --icl-only \
 	  && for task in sst2 sst5 mr subj agnews cb; do $$run/controls.py --task $$task || exit 1; done \
 	  && $$run/meta_gradients.py && $$run/learners.py \
-	  && for name in shakespeare wikitext2 long beyond words regression recall; do $$run/momentum.py $$name || exit 1; done \
+	  && for name in shakespeare wikitext2 long beyond words regression recall; do $$run/attentions.py $$name || exit 1; done \
 	  && echo "tables in results/ after $$((SECONDS - start)) s"
 
 bench: $(READY)  ## measure scoring, recording, streaming, attention and training against their peers

@@ -79,6 +79,24 @@ def test_linear_labels():
     assert y.var().item() == pytest.approx(4 * 3 + 2**2, rel=0.05)
 
 
+@pytest.mark.parametrize("name", synthetic.FUNCTIONS)
+def test_function_labels(name):
+    X = synthetic.sample_inputs(generator(), 40_000, 2, 3, dtype=F64)
+    y = synthetic.function_labels(generator(1), X, name)
+    assert y.mean().item() == pytest.approx(0, abs=0.02)
+    assert y.var().item() == pytest.approx(1, rel=0.03)
+    noisy = synthetic.function_labels(generator(1), X, name, noise=0.5)
+    assert (noisy - y).std().item() == pytest.approx(0.5, rel=0.02)
+    # a task in one dimension shows its function: w is 1 or -1
+    X = synthetic.sample_inputs(generator(), 3, 9, 1, dtype=F64)
+    y = synthetic.function_labels(generator(1), X, name).numpy()
+    raw = {"linear": np.positive, "sine": lambda u: np.sin(2 * u)}
+    raw = raw.get(name, lambda u: np.exp(u / 2))
+    for x, labels in zip(X[:, :, 0].numpy(), y, strict=True):
+        fits = [np.corrcoef(raw(sign * x), labels)[0, 1] for sign in (1, -1)]
+        assert max(fits) == pytest.approx(1, abs=1e-9)
+
+
 @pytest.mark.parametrize("name", synthetic.KERNELS)
 def test_kernel_labels_have_the_kernel_as_covariance(name):
     kernel = synthetic.KERNELS[name]
@@ -319,6 +337,10 @@ def test_bad_options():
     for noise in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="noise is a standard deviation"):
             synthetic.linear_labels(g, X, noise=noise)
+        with pytest.raises(ValueError, match="noise is a standard deviation"):
+            synthetic.function_labels(g, X, "sine", noise)
+    with pytest.raises(ValueError, match="'cosine' is not one of linear, sine, expo"):
+        synthetic.function_labels(g, X, "cosine")
     with pytest.raises(ValueError, match="not positive semi-definite"):
         synthetic.kernel_labels(g, X, lambda U, V: -synthetic.exp_kernel(U, V))
     for variance in (0.0, -1.0, float("nan")):

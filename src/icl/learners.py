@@ -145,9 +145,10 @@ class InContextRegressor(nn.Module):
         examples: the most examples it can read, the query included.
         width, layers, heads: of GPT-2.
         seed: of the random weights; torch's own generator is left alone.
+        inner: width of the MLPs' hidden layers; left out, four times the model's.
     """
 
-    def __init__(self, dim, examples, width=64, layers=3, heads=4, seed=0):
+    def __init__(self, dim, examples, width=64, layers=3, heads=4, seed=0, inner=None):
         super().__init__()
         config = GPT2Config(
             vocab_size=1,
@@ -157,6 +158,7 @@ class InContextRegressor(nn.Module):
             n_embd=width,
             n_layer=layers,
             n_head=heads,
+            n_inner=inner,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -190,6 +192,24 @@ class InContextRegressor(nn.Module):
         sequence[:, 1::2, -1] = y
         states = self.body(inputs_embeds=self.read_in(sequence)).last_hidden_state
         return self.read_out(states[:, ::2]).squeeze(-1)
+
+
+class PairedRegressor(InContextRegressor):
+    """The same network reading rows ``(x_i, y_i)``, and the query's ``(x, 0)``.
+
+    A row is a demonstration with its label, so that one layer of attention can
+    compare the query with all of them (the form of von Oswald et al. 2023).
+    """
+
+    def forward(self, X, y):
+        """The last label from the examples before it, ``(B, 1)``.
+
+        Args:
+            X, y: ``(B, N, d)`` and ``(B, N)``; the last of y is not read.
+        """
+        rows = tokens(X[:, :-1], y[:, :-1], X[:, -1])
+        states = self.body(inputs_embeds=self.read_in(rows)).last_hidden_state
+        return self.read_out(states[:, -1])
 
 
 def warm_cosine(done):

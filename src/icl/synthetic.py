@@ -70,6 +70,43 @@ def linear_labels(generator, X, weight_covariance=None, noise=0.0):
     return y + noise * torch.randn(y.shape, generator=generator, dtype=y.dtype)
 
 
+FUNCTIONS = {
+    "linear": lambda u: u,
+    # E sin²(2u) = (1 - e^-8)/2 for a standard normal u
+    "sine": lambda u: torch.sin(2 * u) / math.sqrt((1 - math.exp(-8)) / 2),
+    # e^(u/2) is log-normal
+    "exponential": lambda u: (
+        ((u / 2).exp() - math.exp(1 / 8))
+        / math.sqrt(math.exp(1 / 4) * (math.exp(1 / 4) - 1))
+    ),
+}
+
+
+def function_labels(generator, X, function, noise=0.0):
+    r"""Labels ``(B, N)`` of tasks :math:`y_i = f(w^\top x_i) + \varepsilon_i`.
+
+    Args:
+        generator: a ``torch.Generator``.
+        X: inputs ``(B, N, d)`` with covariance I.
+        function: ``"linear"``, ``"sine"`` (of twice its argument) or
+            ``"exponential"`` (of half of it). The direction w has length 1, one a
+            task, and f is shifted and scaled such that labels without noise have
+            mean 0 and variance 1 if the inputs are normal.
+        noise: standard deviation of ε.
+
+    Raises:
+        ValueError: an unknown function, or ``noise`` below 0.
+    """
+    if function not in FUNCTIONS:
+        raise ValueError(f"function {function!r} is not one of {', '.join(FUNCTIONS)}")
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise is a standard deviation, 0 or more, not {noise}")
+    w = sample_inputs(generator, len(X), 1, X.shape[2], dtype=X.dtype)
+    u = (X @ (w / w.norm(dim=-1, keepdim=True)).mT).squeeze(-1)
+    y = FUNCTIONS[function](u)
+    return y + noise * torch.randn(y.shape, generator=generator, dtype=y.dtype)
+
+
 def linear_kernel(U, V):
     """``u·v`` for all pairs, ``(..., N, d)`` and ``(..., M, d)`` to ``(..., N, M)``."""
     return U @ V.mT

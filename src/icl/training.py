@@ -217,7 +217,7 @@ def read_tokens(path):
     return ids, about
 
 
-def gpt(size: str, vocabulary: int, positions: int, seed: int = 0, attention=None):
+def gpt(size, vocabulary, positions, seed=0, attention=None, inner=None):
     """A new GPT-2 of transformers, without dropout.
 
     Args:
@@ -228,6 +228,7 @@ def gpt(size: str, vocabulary: int, positions: int, seed: int = 0, attention=Non
         attention: arguments of :func:`icl.attention.equip` as a dict, or
             ``{"layerwise": mu}`` for momentum from block to block. Left out, softmax
             attention as it is.
+        inner: width of the MLPs' hidden layers; left out, four times the model's.
 
     Raises:
         ValueError: an unknown size, or what :func:`icl.attention.equip` refuses.
@@ -241,6 +242,7 @@ def gpt(size: str, vocabulary: int, positions: int, seed: int = 0, attention=Non
         n_embd=width,
         n_layer=layers,
         n_head=heads,
+        n_inner=inner,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,

@@ -1,4 +1,5 @@
-"""Momentum attention and what it is compared with, trained from scratch.
+"""Attentions that gradient descent suggests, and what they are compared with, trained
+from scratch.
 
 One table grows, run by run; runs that it has are not trained again, and one that was
 killed goes on from its checkpoint. Arms of one experiment and seed have the same
@@ -23,10 +24,11 @@ import torch
 
 from icl.attention import equip, rates
 from icl.corpora import BYTES, as_bytes, byte_pairs, load_text
-from icl.learners import InContextRegressor
+from icl.learners import InContextRegressor, PairedRegressor
 from icl.results import ROOT, add_rows, check_origin, provenance, read_table, table_path
-from icl.synthetic import linear_labels, sample_inputs
+from icl.synthetic import function_labels, sample_inputs
 from icl.training import (
+    SIZES,
     Plan,
     RecallBatches,
     TextBatches,
@@ -35,14 +37,28 @@ from icl.training import (
     train,
 )
 
-TABLE = "momentum"
+TABLE = "attentions"
+HIDDEN = 64  # units of a view
+MARKED = ("regularised", "augmented", "negative")
 
 
 def momentum(rate, **options):
     return {"kind": "momentum", "eta": rate, **options}
 
 
-ARMS = {
+def regularised(alpha, **options):
+    return {"kind": "regularised", "alpha": alpha, **options}
+
+
+def negative(beta, k=4, **options):
+    return {"kind": "negative", "beta": beta, "k": k, **options}
+
+
+def augmented(**options):
+    return {"kind": "augmented", **options}
+
+
+MOMENTUM = {
     "softmax": {},
     "softmax, more steps": {},
     "momentum .3": momentum(0.3),
@@ -58,6 +74,27 @@ ARMS = {
     "shift .5": {"kind": "convolution", "eta": 0.5, "reach": 1},
     "convolution, learned": dict(kind="convolution", eta=0.5, reach=4, learned=True),
 }
+CONTRAST = {
+    "softmax": {},
+    "softmax, wider": {},
+    "regularised .5": regularised(0.5),
+    "regularised .5, matched": regularised(0.5, matched=True),
+    "regularised -.5": regularised(-0.5),
+    "negative .5": negative(0.5),
+    "negative .5, matched": negative(0.5, matched=True),
+    "negative .5, by scores": negative(0.5, by="scores"),
+    "augmented": augmented(hidden=HIDDEN),
+    "augmented, in series": augmented(hidden=HIDDEN, residual=False),
+    "augmented, matched": augmented(matched=True),
+    "differential .5": {"kind": "differential", "lam": 0.5},
+}
+SWEEP = {
+    **{f"regularised {a:g}": regularised(a) for a in (-1, -0.25, 0.25, 1)},
+    **{f"negative {b:g}": negative(b) for b in (-0.5, 0.25, 1)},
+    **{f"negative .5, k {k}": negative(0.5, k) for k in (1, 2, 8)},
+    **{f"augmented, depth {n}": augmented(hidden=HIDDEN, depth=n) for n in (2, 3)},
+}
+ARMS = MOMENTUM | CONTRAST | SWEEP
 FEW = ("softmax", "momentum .5", "momentum, learned", "convolution, learned")
 SOME = (*FEW, "momentum .9", "shift .5", "heavy ball .9")
 MORE = 1.08  # steps that pay for the time which momentum costs, and some more
@@ -77,14 +114,57 @@ class Text(NamedTuple):
     arms: tuple = SOME
 
 
+class Functions(NamedTuple):
+    """An experiment on the regression of a function that the context shows.
+
+    If ``paired``, inputs come in one token with their labels, and all but the query
+    are marked as demonstrations.
+    """
+
+    dim: int
+    examples: int
+    function: str
+    layers: int
+    width: int = 32
+    heads: int = 2
+    noise: float = 0.0
+    paired: bool = True
+    batch: int = 64
+    steps: int = 1500
+    seeds: int = 5
+    arms: tuple = (*CONTRAST,)
+
+
+class Recall(NamedTuple):
+    """An experiment on recalling what a symbol was paired with."""
+
+    pairs: int = 16
+    symbols: int = 64
+    steps: int = 1500
+    seeds: int = 5
+    arms: tuple = FEW
+
+
 EXPERIMENTS = {
-    "shakespeare": Text("shakespeare", arms=(*ARMS,)),
+    "shakespeare": Text("shakespeare", arms=(*MOMENTUM, *list(CONTRAST)[1:])),
     "wikitext2": Text("wikitext2", length=256, positions=256),
     "long": Text("shakespeare", steps=3000, seeds=3, arms=FEW),
     "beyond": Text("shakespeare", positions=512, steps=900, arms=FEW),
     "words": Text("reviews", 4096, "3m", 256, 256, seeds=3, arms=FEW),
-    "regression": None,
-    "recall": None,
+    "regression": Functions(
+        5, 11, "linear", 4, 128, 4, paired=False, batch=32, steps=3000, arms=FEW
+    ),
+    "recall": Recall(),
+    **{
+        f"{kind}, {layers} {'layer' if layers == 1 else 'layers'}": Functions(
+            3, 16, kind, layers
+        )
+        for kind in ("linear", "sine", "exponential")
+        for layers in (1, 2)
+    },
+    "linear, noise": Functions(3, 16, "linear", 2, noise=0.5),
+    "linear, 8 inputs": Functions(8, 16, "linear", 2),
+    "sweep": Functions(3, 16, "sine", 2, arms=(*SWEEP,)),
 }
 
 
@@ -109,7 +189,8 @@ def on_text(spec, arm, seed, folder):
     plan = Plan(steps=steps, batch=spec.batch)
     spread = spec.positions if spec.positions > spec.length else None
     batches = TextBatches(tokens, spec.batch, spec.length, seed, spread)
-    model = gpt(spec.size, spec.vocabulary, spec.positions, seed, ARMS[arm])
+    sizes = spec.size, spec.vocabulary, spec.positions
+    model = gpt(*sizes, seed, ARMS[arm], inner(arm, *SIZES[spec.size][1:]))
 
     def measure(model):
         return losses(model, held_out, spec.length).mean()
@@ -124,43 +205,57 @@ def on_text(spec, arm, seed, folder):
     yield from learned(model, steps)
 
 
+def inner(arm, width, heads):
+    """Width of the MLPs, the wider ones for as many parameters as two views have."""
+    return 4 * width + 2 * HIDDEN // heads if arm == "softmax, wider" else None
+
+
 class Regression(torch.nn.Module):
     """An :class:`InContextRegressor` with its loss, for the trainer."""
 
-    def __init__(self, seed, attention):
+    def __init__(self, spec, seed, attention, inner=None):
         super().__init__()
-        self.predict = InContextRegressor(5, 11, 128, 4, 4, seed)
+        sizes = spec.dim, spec.examples, spec.width, spec.layers, spec.heads
+        kind = PairedRegressor if spec.paired else InContextRegressor
+        self.predict = kind(*sizes, seed=seed, inner=inner)
         self.config = self.predict.body.config
+        if spec.paired and attention.get("kind") in MARKED:
+            attention = attention | {"demonstrations": spec.examples - 1}
         if attention:
             equip(self.predict.body, **attention)
 
     def forward(self, X, y):
         found = self.predict(X, y)
+        y = y[:, -found.shape[1] :]
         return SimpleNamespace(predictions=found, loss=(found - y).square().mean())
 
 
-class LinearTasks(NamedTuple):
-    """Batches of linear tasks with labels of variance 1."""
+class FunctionBatches(NamedTuple):
+    """Batches of functions, each with examples of it."""
 
     batch: int
+    spec: Functions
     seed: int
 
     def __call__(self, step):
-        g = torch.Generator().manual_seed(self.seed * 10**7 + step)
-        X = sample_inputs(g, self.batch, 11, 5)
-        return {"X": X.numpy(), "y": (linear_labels(g, X) / 5**0.5).numpy()}
+        g, own = torch.Generator().manual_seed(self.seed * 10**7 + step), self.spec
+        X = sample_inputs(g, self.batch, own.examples, own.dim)
+        y = function_labels(g, X, own.function, own.noise)
+        return {"X": X.numpy(), "y": y.numpy()}
 
 
-def in_context(name, arm, seed, folder):
+def in_context(spec, arm, seed, folder):
     """Train one arm to learn in context; its rows."""
-    if name == "regression":
-        plan, make = Plan(3000), LinearTasks
-        model, label = Regression(seed, ARMS[arm]), "error"
+    if isinstance(spec, Functions):
+        make, label = partial(FunctionBatches, spec=spec), "error"
+        plan = Plan(spec.steps, spec.batch, weight_decay=0.0)
+        model = Regression(spec, seed, ARMS[arm], inner(arm, spec.width, spec.heads))
 
         def judge(found, batch):
-            return (found.predictions.numpy() - batch["y"])[:, -1] ** 2
+            return (found.predictions[:, -1].numpy() - batch["y"][:, -1]) ** 2
     else:
-        plan, make = Plan(1500), partial(RecallBatches, pairs=16, symbols=64)
+        plan = Plan(spec.steps)
+        make = partial(RecallBatches, pairs=spec.pairs, symbols=spec.symbols)
         model, label = gpt("1m", 128, 64, seed, ARMS[arm]), "recall"
 
         def judge(found, batch):
@@ -179,13 +274,11 @@ def in_context(name, arm, seed, folder):
             found.append(judge(model(**given), batch))
         return np.concatenate(found).mean()
 
-    history = train(
-        model, make(plan.batch, seed=seed), folder, plan, measure, seed=seed
-    )
+    batches = make(plan.batch, seed=seed)
+    history = train(model, batches, folder, plan, measure, seed=seed)
     yield from rows_of(history, label)
-    yield from learned(
-        model.predict.body if name == "regression" else model, plan.steps
-    )
+    body = model.predict.body if label == "error" else model
+    yield from learned(body, plan.steps)
 
 
 def row(measure, value, step):
@@ -209,27 +302,25 @@ def learned(model, steps):
 
 def main(name):
     spec = EXPERIMENTS[name]
-    arms, seeds = (spec.arms, spec.seeds) if spec else (FEW, 5)
-    facts = provenance(experiment=name, seeds=list(range(seeds)))
-    if spec:
+    facts = provenance(experiment=name, **spec._asdict())
+    facts["seeds"] = list(range(spec.seeds))
+    if isinstance(spec, Text):
         *_, digest, source = tokens_of(spec.corpus, spec.vocabulary)
-        facts |= dict(data_sha256=digest, data_source=source, **spec._asdict())
+        facts |= dict(data_sha256=digest, data_source=source)
     done = set()
     if table_path(TABLE).exists():
         table, about = read_table(TABLE)
         check_origin(TABLE, about, name, facts)
         table = table[table.experiment == name]
         done.update(zip(table.arm, table.seed, strict=True))
-    for seed in range(seeds):
-        for arm in arms:
+    for seed in range(spec.seeds):
+        for arm in spec.arms:
             if (arm, seed) in done:
                 continue
             print(f"{name}, {arm}, seed {seed}", flush=True)
             folder = ROOT / "_build" / TABLE / name / f"{arm} {seed}"
-            if spec:
-                rows = list(on_text(spec, arm, seed, folder))
-            else:
-                rows = list(in_context(name, arm, seed, folder))
+            make = on_text if isinstance(spec, Text) else in_context
+            rows = list(make(spec, arm, seed, folder))
             fixed = {"experiment": name, "arm": arm, "seed": seed}
             key = [*fixed, "measure", "step"]
             add_rows(TABLE, [fixed | r for r in rows], key, name, facts)
