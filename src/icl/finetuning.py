@@ -50,7 +50,13 @@ def kv_projections(model):
 
 
 def kv_sgd(
-    model, tokenizer, texts, learning_rate, completions=None, layer_causal=False
+    model,
+    tokenizer,
+    texts,
+    learning_rate,
+    completions=None,
+    layer_causal=False,
+    parts=None,
 ):
     """One pass of SGD over ``texts`` on the key and value projections.
 
@@ -71,6 +77,8 @@ def kv_sgd(
             computes it. Every block is trained by itself: its input is held
             fixed, its output goes straight through the model's last norm and
             output embedding, and its loss moves no other block.
+        parts: what is trained instead, ``{parameter name: view}``: some of
+            :func:`kv_projections`, or whole other parameters (``lambda t: t``).
 
     Returns:
         ``(update, losses)``: ``{parameter name: ΔW}`` on the views of
@@ -97,7 +105,7 @@ def kv_sgd(
                 f"text {number} has {len(ids)} tokens, but the model holds {context}; "
                 "shorten it or leave it out"
             )
-    parts = kv_projections(model)
+    parts = kv_projections(model) if parts is None else parts
     weights = {name: model.get_parameter(name) for name in parts}
     before = {name: w.detach().clone() for name, w in weights.items()}
     all_logits = _block_logits if layer_causal else _logits
@@ -209,7 +217,9 @@ def updated(model, update):
     On leaving the block the weights are again what they were, bit for bit.
     """
     parts = kv_projections(model)
-    views = {name: parts[name](model.get_parameter(name)) for name in update}
+    views = {
+        name: parts.get(name, lambda t: t)(model.get_parameter(name)) for name in update
+    }
     before = {name: view.detach().clone() for name, view in views.items()}
     with torch.no_grad():
         for name, view in views.items():
