@@ -52,7 +52,7 @@ def judged(scores, labels):
     p /= p.sum(1, keepdims=True)
     return {
         "accuracy": (scores.argmax(1) == labels).mean(),
-        "calibrated": (metrics.calibrated(scores).argmax(1) == labels).mean(),
+        "accuracy_calibrated": (metrics.calibrated(scores).argmax(1) == labels).mean(),
         "commonest": np.bincount(scores.argmax(1)).max() / len(labels),
         "label_loss": -np.log(p[np.arange(len(labels)), labels]).mean(),
     }
