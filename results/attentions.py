@@ -156,14 +156,12 @@ EXPERIMENTS = {
     ),
     "recall": Recall(),
     **{
-        f"{kind}, {layers} {'layer' if layers == 1 else 'layers'}": Functions(
-            3, 16, kind, layers
-        )
-        for kind in ("linear", "sine", "exponential")
+        f"{function}-{layers}": Functions(3, 16, function, layers)
+        for function in ("linear", "sine", "exponential")
         for layers in (1, 2)
     },
-    "linear, noise": Functions(3, 16, "linear", 2, noise=0.5),
-    "linear, 8 inputs": Functions(8, 16, "linear", 2),
+    "noise": Functions(3, 16, "linear", 2, noise=0.5),
+    "inputs": Functions(8, 16, "linear", 2),
     "sweep": Functions(3, 16, "sine", 2, arms=(*SWEEP,)),
 }
 
@@ -329,5 +327,6 @@ def main(name):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=EXPERIMENTS)
-    main(parser.parse_args().experiment)
+    parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS)
+    for chosen in parser.parse_args().experiments:
+        main(chosen)
