@@ -1,4 +1,4 @@
-"""Momentum attention against softmax attention alone, in one process.
+"""Momentum and contrastive attentions against softmax attention alone, in one process.
 
 Prints ratios of the least of several times, the two taking turns:
 
@@ -8,7 +8,10 @@ Prints ratios of the least of several times, the two taking turns:
 - the sum alone at 8,192 tokens: a double loop over tokens (its inner loop a vector
   operation; timed on the first 512 tokens and scaled by the number of pairs) and the
   dense matrix of all decays, over the scan; and how the scan grows with the tokens;
-- one step of decoding behind 4,096 tokens.
+- one step of decoding behind 4,096 tokens;
+- forward and backward at 1,024 tokens of the contrastive attentions, of which the
+  augmented one has maps that cost nothing; and at 4,096 tokens the memory that
+  negatives allocate.
 """
 
 import os
@@ -21,7 +24,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
-from icl.attention import momentum_attention
+from icl.attention import (
+    augmented_attention,
+    momentum_attention,
+    negative_attention,
+    regularised_attention,
+)
 
 HEADS, WIDTH, REPEATS = 12, 64, 7
 
@@ -61,9 +69,7 @@ def trained(attention, inputs, *rates):
     torch.autograd.grad((attention() * back).sum(), inputs)
 
 
-def main():
-    torch.manual_seed(0)
-    print(f"{torch.get_num_threads()} threads; {HEADS} heads of width {WIDTH}")
+def momentum():
     q, k, v = inputs = drawn(4, 1024)
     learned = torch.full((HEADS,), 0.9, requires_grad=True)
 
@@ -120,5 +126,32 @@ def main():
     print(f"a token behind 4,096: {20 * b:.2f} ms / {20 * a:.2f} ms = {b / a:.2f} x")
 
 
+def contrast():
+    q, k, v = inputs = drawn(4, 1024)
+
+    def usual():
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    contrasts = {
+        "regularised": lambda: regularised_attention(q, k, v, 0.5),
+        "augmented": lambda: augmented_attention(q, k, v, torch.neg, torch.neg),
+        "negatives, k = 8": lambda: negative_attention(q, k, v, 0.5, 8),
+        "negatives, k = 64": lambda: negative_attention(q, k, v, 0.5, 64),
+    }
+    for name, ours in contrasts.items():
+        runs = [lambda: trained(usual, inputs), lambda ours=ours: trained(ours, inputs)]
+        a, b = fastest(*runs)
+        print(f"1,024 tokens, {name}: {b:.3f} s / {a:.3f} s = {b / a:.2f} x")
+    q, k, v = inputs = drawn(1, 4096)
+    for name in ("regularised", "negatives, k = 8"):
+        most = peak(lambda name=name: trained(contrasts[name], inputs))
+        square = 4 * HEADS * 4096**2
+        print(f"4,096 tokens, {name}: {most / 1e6:.0f} MB", end=", ")
+        print(f"where one matrix of scores has {square / 1e6:.0f} MB")
+
+
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    print(f"{torch.get_num_threads()} threads; {HEADS} heads of width {WIDTH}")
+    momentum()
+    contrast()

@@ -142,7 +142,8 @@ def negative_attention(
     if matched:
         pushed = value * (1 - beta * valid.any(-1, keepdim=True))
     else:
-        pushed = value - beta * _mean_of(value, index, valid)
+        share = valid.to(value.dtype) / valid.sum(-1, keepdim=True).clamp(min=1)
+        pushed = value - beta * _MeanOf.apply(value, index, share)
     if shown is None:
         return _in_two_parts(query, key, pushed, key, value, mask, scaling)[0]
     return softmax_attention(
@@ -363,12 +364,29 @@ def _seen_by_all(mask, length):
     return torch.cat([rows, seen], 2)
 
 
-def _mean_of(value, index, valid):
-    """Mean of the chosen values, nought where there are none."""
-    count = valid.sum(-1, keepdim=True).clamp(min=1)
-    shares = valid.to(value.dtype) / count
-    total = torch.zeros_like(value)
-    for n in range(index.shape[-1]):
-        rows = index[..., n, None].expand(-1, -1, -1, value.shape[-1])
-        total = total + shares[..., n, None] * value.gather(2, rows)
-    return total
+class _MeanOf(torch.autograd.Function):
+    """Sums of values with shares of the chosen ones, by blocks of rows."""
+
+    @staticmethod
+    def forward(ctx, value, index, share):
+        ctx.save_for_backward(index, share)
+        means = torch.empty_like(value)
+        for rows, weights in _blocks(index, share):
+            means[:, :, rows] = weights @ value
+        return means
+
+    @staticmethod
+    def backward(ctx, gradient):
+        of_value = torch.zeros_like(gradient)
+        for rows, weights in _blocks(*ctx.saved_tensors):
+            of_value += weights.mT @ gradient[:, :, rows]
+        return of_value, None, None
+
+
+def _blocks(index, share):
+    """Blocks of rows, and their matrices of shares ``(B, H, block, P + T)``."""
+    length = index.shape[2]
+    for start in range(0, length, BLOCK):
+        rows = slice(start, start + BLOCK)
+        weights = share.new_zeros(*share[:, :, rows].shape[:3], length)
+        yield rows, weights.scatter_(-1, index[:, :, rows], share[:, :, rows])
