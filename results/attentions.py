@@ -95,8 +95,8 @@ SWEEP = {
     **{f"augmented, depth {n}": augmented(hidden=HIDDEN, depth=n) for n in (2, 3)},
 }
 ARMS = MOMENTUM | CONTRAST | SWEEP
-FEW = ("softmax", "momentum .5", "momentum, learned", "convolution, learned")
-SOME = (*FEW, "momentum .9", "shift .5", "heavy ball .9")
+FEW = ("softmax", "momentum .5", "convolution, learned")
+SOME = (*FEW, "momentum .9", "momentum, learned", "shift .5", "heavy ball .9")
 MORE = 1.08  # steps that pay for the time which momentum costs, and some more
 
 
@@ -142,15 +142,16 @@ class Recall(NamedTuple):
     symbols: int = 64
     steps: int = 1500
     seeds: int = 5
-    arms: tuple = FEW
+    arms: tuple = (*FEW, "momentum, learned")
 
 
 EXPERIMENTS = {
-    "shakespeare": Text("shakespeare", arms=(*MOMENTUM, *list(CONTRAST)[1:])),
-    "wikitext2": Text("wikitext2", length=256, positions=256),
+    "shakespeare": Text("shakespeare", arms=(*MOMENTUM,)),
+    "contrast": Text("shakespeare", arms=(*CONTRAST,)),
+    "wikitext2": Text("wikitext2"),
     "long": Text("shakespeare", steps=3000, seeds=3, arms=FEW),
     "beyond": Text("shakespeare", positions=512, steps=900, arms=FEW),
-    "words": Text("reviews", 4096, "3m", 256, 256, seeds=3, arms=FEW),
+    "words": Text("reviews", 4096, "3m", seeds=3, arms=FEW),
     "regression": Functions(
         5, 11, "linear", 4, 128, 4, paired=False, batch=32, steps=3000, arms=FEW
     ),
