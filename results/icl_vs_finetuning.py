@@ -179,9 +179,13 @@ class Runs:
             return
         shutil.rmtree(folder)
         self.keep(run, ft["prompt"].scores, "/recorded")
-        owner = demonstration_of_tokens(
-            self.task, examples, self.subject.tokenizer, self.subject.separator
-        )
+        try:
+            owner = demonstration_of_tokens(
+                self.task, examples, self.subject.tokenizer, self.subject.separator
+            )
+        except ValueError as reason:
+            print(f"{self.part}: no attention to training tokens, {reason}")
+            training = owner = None
         zsl, icl = self.recording("ZSL", 0), self.recording("ICL", seed)
         rows = []
         for position in POSITIONS:
