@@ -89,6 +89,29 @@ def tiny_model(family, **changes):
     return model.requires_grad_(False)
 
 
+def assert_same_token_by_token(model, ids, whole, pad=5):
+    """Logits of the whole pass come out of decoding, and behind padding."""
+    cache, steps = None, []
+    for first, last in [(0, 4), *((n, n + 1) for n in range(4, ids.shape[1]))]:
+        out = model(ids[:, first:last], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+    padded, mask = padded_left(ids, pad)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    options = {} if model.config.model_type == "opt" else {"position_ids": position}
+    behind = model(padded, attention_mask=mask, **options).logits[:, pad:]
+    torch.testing.assert_close(behind, whole, rtol=1e-4, atol=1e-4)
+
+
+def padded_left(ids, pad):
+    """``ids`` behind so many tokens of padding, and their mask."""
+    padded = torch.cat([torch.ones(len(ids), pad, dtype=torch.long), ids], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :pad] = 0
+    return padded, mask
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return word_tokenizer()

@@ -251,19 +251,8 @@ def test_token_by_token_is_the_whole_pass(family, case):
     whole = model(IDS).logits
     plain = tiny_model(family)(IDS).logits
     assert (whole - plain).abs().max() > 1e-2  # the attention was replaced
-    cache, steps = None, []
-    for first, last in [(0, 4), *((n, n + 1) for n in range(4, IDS.shape[1]))]:
-        out = model(IDS[:, first:last], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        steps.append(out.logits)
-    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
-    padded = torch.cat([torch.ones(1, 5, dtype=torch.long), IDS], 1)
-    mask = torch.ones_like(padded)
-    mask[:, :5] = 0
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    options = {} if family == "opt" else {"position_ids": position}
-    behind = model(padded, attention_mask=mask, **options).logits[:, 5:]
-    torch.testing.assert_close(behind, whole, rtol=1e-4, atol=1e-4)
+    assert_same_token_by_token(model, IDS, whole)
+    padded, mask = padded_left(IDS, 5)
     longer = dict(max_new_tokens=6, do_sample=False, pad_token_id=1)
     alone = model.generate(IDS, attention_mask=torch.ones_like(IDS), **longer)
     ahead = model.generate(padded, attention_mask=mask, **longer)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import assert_same_token_by_token, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -376,19 +376,7 @@ def test_token_by_token_is_the_whole_pass(family, case):
     model = equipped(family, **case)
     whole = model(IDS).logits
     assert (whole - tiny_model(family)(IDS).logits).abs().max() > 1e-2
-    cache, steps = None, []
-    for first, last in [(0, 4), *((n, n + 1) for n in range(4, IDS.shape[1]))]:
-        out = model(IDS[:, first:last], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        steps.append(out.logits)
-    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
-    padded = torch.cat([torch.ones(1, 5, dtype=torch.long), IDS], 1)
-    mask = torch.ones_like(padded)
-    mask[:, :5] = 0
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    options = {} if family == "opt" else {"position_ids": position}
-    behind = model(padded, attention_mask=mask, **options).logits[:, 5:]
-    torch.testing.assert_close(behind, whole, rtol=1e-4, atol=1e-4)
+    assert_same_token_by_token(model, IDS, whole)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
