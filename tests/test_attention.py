@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, tiny_model
+from conftest import TINY, assert_same_token_by_token, padded_left, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
