@@ -13,7 +13,7 @@ PORT ?= 8000
 SECOND := models/tinyllama-1.1b-chat.gguf
 SECOND_SHA := 9ee11adf737960ff06123d5c4fba24d12c5b05ba460a7afa88950fbf2b61add0
 
-.PHONY: help setup book test chapter serve results bench clean
+.PHONY: help setup book test chapter look serve results bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,6 +37,10 @@ test: $(READY)  ## lint, tests, every chapter at smoke scale, a scan of the page
 
 chapter: $(READY)  ## run one: make chapter NAME=05_icl_and_finetuning P="task=mr seed=7"
 	@$(BIN)/python -m icl.runner chapter $(NAME) $(P)
+
+look: book  ## open every page in Chromium: equations, figures, search, accessibility
+	@mkdir -p _build/browser && cp tests/browser/package*.json tests/browser/check.mjs _build/browser/
+	@cd _build/browser && npm ci --silent --no-audit --no-fund && node check.mjs ../book/html
 
 serve: book  ## read the book at http://localhost:8000
 	@echo "http://localhost:$(PORT) (stop with control-C)"

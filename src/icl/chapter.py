@@ -13,7 +13,7 @@ import torch
 
 from icl.results import commit
 
-#: How much to run: seconds for tests, minutes to read along, the papers' protocol.
+#: How much is run, from seconds (tests) and a minute (reading) to the whole protocol.
 SCALES = ("smoke", "laptop", "paper")
 
 #: One colour a role, for the whole book (Okabe & Ito's colour-blind-safe set,

@@ -21,7 +21,7 @@ from icl.scoring import score
 from icl.tasks import PAPER_TASKS, Task, prompt_prefix, token_counts
 
 SEEDS = tuple(range(1, 8))
-#: Demonstrations a task: 32, or as many as the context of the paper's models holds.
+#: How many demonstrations a task has, 32 or what the paper's models can hold.
 DEMONSTRATIONS = dict.fromkeys(PAPER_TASKS, 32) | {"agnews": 22, "cb": 19}
 LEARNING_RATES = tuple(m * s / 1e4 for s in (1, 10, 100, 1000) for m in range(1, 10))
 
@@ -31,7 +31,8 @@ class Subject:
     """A model before a task, in one prompt layout.
 
     Attributes:
-        model, tokenizer: from :func:`icl.models.load_model`.
+        model: from :func:`icl.models.load_model`.
+        tokenizer: its tokenizer.
         task: a :class:`icl.tasks.Task`; all its evaluation examples are used.
         separator: see :func:`icl.tasks.prompt_prefix`.
     """

@@ -19,7 +19,8 @@ class Heads(NamedTuple):
 
     Attributes:
         query: ``(H, T, d_h)``, the tokens that were read.
-        key, value: ``(H, P + T, d_h)``, with those of the prefix before them.
+        key: ``(H, P + T, d_h)``, with those of the prefix before them.
+        value: likewise.
     """
 
     query: torch.Tensor

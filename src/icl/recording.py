@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from icl import scoring
 from icl.heads import attention_modules, watch_queries
 
-#: Which token is read: the prompt's last, from which the label is predicted, or
+#: Which token is read, the prompt's last, from which the label is predicted, or
 #: the last of the first label's word behind it, which the code of Dai et al. reads.
 POSITIONS = ("prompt", "label")
 

@@ -51,7 +51,8 @@ class Plan:
             goes down to a tenth of it.
         weight_decay: of matrices (AdamW).
         clip: largest norm of a gradient.
-        save_every, evaluate_every: steps.
+        save_every: steps from checkpoint to checkpoint.
+        evaluate_every: steps from measurement to measurement.
     """
 
     steps: int = 600
