@@ -122,8 +122,9 @@ class TextBatches:
 
 @dataclass(frozen=True)
 class RecallBatches:
-    """Pairs of tokens, then the first of each again, in another order: which was the
-    second? ``batches(step)`` for :func:`train`.
+    """Pairs of tokens, then the first of some again: which was the second?
+
+    ``batches(step)`` for :func:`train`.
 
     Attributes:
         batch: sequences a step.
@@ -156,7 +157,9 @@ class RecallBatches:
             ],
             axis=-1,
         )
-        asked = rng.permuted(np.tile(np.arange(self.pairs), (self.batch, 1)), axis=1)
+        asked = rng.integers(
+            0, self.pairs, shape
+        )  # anew: none can be told from the rest
         asked = np.take_along_axis(shown, asked[..., None], axis=1)
         labels = np.full((2, *shown.shape), -100)
         labels[1, ..., 1] = asked[..., 1]
