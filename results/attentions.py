@@ -68,6 +68,7 @@ MOMENTUM = {
     "momentum .99": momentum(0.99),
     "momentum .9, normalised": momentum(0.9, normalise=True),
     "momentum, learned": momentum(0.5, learned=True),
+    "momentum, learned from .9": momentum(0.9, learned=True),
     "decay .9 alone": momentum(0.9, softmax=False),
     "heavy ball .9": {"kind": "heavy_ball", "mu": 0.9},
     "layerwise .5": {"layerwise": 0.5},

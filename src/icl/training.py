@@ -157,9 +157,7 @@ class RecallBatches:
             ],
             axis=-1,
         )
-        asked = rng.integers(
-            0, self.pairs, shape
-        )  # anew: none can be told from the rest
+        asked = rng.integers(0, self.pairs, shape)  # none follows from the others
         asked = np.take_along_axis(shown, asked[..., None], axis=1)
         labels = np.full((2, *shown.shape), -100)
         labels[1, ..., 1] = asked[..., 1]
