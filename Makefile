@@ -39,9 +39,10 @@ chapter: $(READY)  ## run one: make chapter NAME=05_icl_and_finetuning P="task=m
 	@$(BIN)/python -m icl.runner chapter $(NAME) $(P)
 
 look: book  ## open every page in Chromium: equations, figures, search, accessibility
-	@command -v npm >/dev/null || { echo "pages not looked at: npm is missing"; exit 0; }; \
+	@browser=$${CHROMIUM:-$$(command -v chromium || command -v chromium-browser || true)}; \
+	  if [ -z "$$browser" ] || ! command -v npm >/dev/null; then echo "pages not looked at: Chromium or npm is missing"; exit 0; fi; \
 	  mkdir -p _build/browser && cp tests/browser/package*.json tests/browser/check.mjs _build/browser/ \
-	  && cd _build/browser && npm ci --silent --no-audit --no-fund && node check.mjs ../book/html
+	  && cd _build/browser && npm ci --silent --no-audit --no-fund && CHROMIUM=$$browser node check.mjs ../book/html
 
 serve: book  ## read the book at http://localhost:8000
 	@echo "http://localhost:$(PORT) (stop with control-C)"
