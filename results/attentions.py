@@ -25,7 +25,7 @@ import torch
 from icl.attention import equip, rates
 from icl.corpora import BYTES, as_bytes, byte_pairs, load_text
 from icl.learners import InContextRegressor, PairedRegressor
-from icl.results import ROOT, add_rows, check_origin, provenance, read_table, table_path
+from icl.results import ROOT, add_rows, provenance, rows_made
 from icl.synthetic import function_labels, sample_inputs
 from icl.training import (
     SIZES,
@@ -306,13 +306,12 @@ def main(name):
     facts["seeds"] = list(range(spec.seeds))
     if isinstance(spec, Text):
         *_, digest, source = tokens_of(spec.corpus, spec.vocabulary)
+        facts |= dict(model=f"GPT-2 of size {spec.size}, trained from scratch")
         facts |= dict(data_sha256=digest, data_source=source)
-    done = set()
-    if table_path(TABLE).exists():
-        table, about = read_table(TABLE)
-        check_origin(TABLE, about, name, facts)
-        table = table[table.experiment == name]
-        done.update(zip(table.arm, table.seed, strict=True))
+    else:
+        facts["data"] = "drawn from the seed"
+    made = rows_made(TABLE, ["arm", "seed"], name, facts, experiment=name)
+    done = set(zip(made.arm, made.seed, strict=True))
     for seed in range(spec.seeds):
         for arm in spec.arms:
             if (arm, seed) in done:

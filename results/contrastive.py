@@ -19,7 +19,7 @@ from icl.attention import equip
 from icl.comparison import DEMONSTRATIONS, Subject
 from icl.finetuning import kv_projections, kv_sgd, updated
 from icl.models import DEFAULT, load_model
-from icl.results import add_rows, check_origin, provenance, read_table, table_path
+from icl.results import add_rows, provenance, rows_made
 from icl.tasks import PAPER_TASKS, load_task, token_counts
 
 INFERENCE, FINETUNING = "contrast_inference", "contrast_finetuning"
@@ -72,12 +72,8 @@ class Table:
             demonstrations=DEMONSTRATIONS[task.name],
             seeds=list(SEEDS),
         )
-        self.done = set()
-        if table_path(name).exists():
-            table, about = read_table(name)
-            check_origin(name, about, self.part, self.facts)
-            mine = (table[list(self.fixed)] == list(self.fixed.values())).all(axis=1)
-            self.done.update(table[mine][key].itertuples(index=False, name=None))
+        made = rows_made(name, key, self.part, self.facts, **self.fixed)
+        self.done = set(made.itertuples(index=False, name=None))
 
     def add(self, run, make):
         """The row of a run, if it is not there, from ``make()``."""

@@ -21,7 +21,7 @@ from icl.comparison import DEMONSTRATIONS, Subject, similarities
 from icl.finetuning import updated
 from icl.models import DEFAULT, load_model, untrained
 from icl.recording import POSITIONS, record
-from icl.results import add_rows, check_origin, provenance, read_table, table_path
+from icl.results import add_rows, provenance, read_table, rows_made
 from icl.tasks import PAPER_TASKS, demonstration_of_tokens, load_task
 
 TABLE, ORDERS = "controls", "orders"
@@ -295,14 +295,10 @@ def main(model_name, task_name):
         seeds=list(SEEDS),
         other_task=other.name,
     )
-    done = {name: set() for name in (TABLE, ORDERS)}
-    for name, found in done.items():
-        if table_path(name).exists():
-            table, about = read_table(name)
-            check_origin(name, about, part, facts)
-            table = table[(table.model == model_name) & (table.task == task_name)]
-            keys = table[["seed", "weights"] if name == TABLE else ["seed"]]
-            found.update(keys.itertuples(index=False, name=None))
+    done = {}
+    for name, columns in [(TABLE, ["seed", "weights"]), (ORDERS, ["seed"])]:
+        made = rows_made(name, columns, part, facts, **fixed)
+        done[name] = set(made.itertuples(index=False, name=None))
     model, tokenizer = load_model(model_name)
 
     def keep(name, rows, key, **about):

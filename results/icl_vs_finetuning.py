@@ -34,14 +34,7 @@ from icl.comparison import (
 from icl.finetuning import updated
 from icl.models import DEFAULT, load_model
 from icl.recording import POSITIONS, read
-from icl.results import (
-    ROOT,
-    add_rows,
-    check_origin,
-    provenance,
-    read_table,
-    table_path,
-)
+from icl.results import ROOT, add_rows, provenance, rows_made
 from icl.tasks import demonstration_of_tokens, load_task
 
 ANSWERS, SIMILARITIES = "icl_vs_finetuning", "similarities"
@@ -54,7 +47,9 @@ class Runs:
     """One model, task and separator: runs to make, and runs made."""
 
     def __init__(self, model_name, task_name, separator, examples=None):
-        self.task = load_task(task_name).head(examples)
+        self.task = load_task(task_name)
+        if examples is not None:
+            self.task = self.task.head(examples)
         self.subject = Subject(
             *load_model(model_name), self.task, SEPARATORS[separator]
         )
@@ -78,13 +73,9 @@ class Runs:
         self.done, self.calibrated, self.measured = {}, set(), set()
         self.searched = None  # the seed at which the learning rate is searched
         for name in (ANSWERS, SIMILARITIES):
-            if table_path(name).exists():
-                table, about = read_table(name)
-                check_origin(name, about, self.part, self.facts)
-                mine = (table[list(self.fixed)] == list(self.fixed.values())).all(
-                    axis=1
-                )
-                self._take(name, table[mine])
+            columns = [*RUN, "predictions", "calibrated"]
+            rows = rows_made(name, columns, self.part, self.facts, **self.fixed)
+            self._take(name, rows)
         if ("labels", 0, 0.0) not in self.done:
             exact = np.eye(len(self.task.label_words))[self.task.labels()]
             self.keep(("labels", 0, 0.0), exact)
@@ -95,9 +86,8 @@ class Runs:
             self.measured = set(keys)
             return
         self.done = dict(zip(keys, map(digits, rows.predictions), strict=True))
-        if "calibrated" in rows:
-            known = zip(keys, rows.calibrated.notna(), strict=True)
-            self.calibrated = {key for key, there in known if there}
+        known = zip(keys, rows.calibrated.notna(), strict=True)
+        self.calibrated = {key for key, there in known if there}
 
     def keep(self, run, scores, part=""):
         """Add a run to the table; ``scores`` is ``None`` where it diverged."""

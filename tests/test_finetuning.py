@@ -94,6 +94,36 @@ def test_ascent_is_descent_with_the_sign_turned(tokenizer):
         torch.testing.assert_close(up[name], -change, atol=1e-6, rtol=1e-4)
 
 
+def test_parts_alone_are_trained(model, tokenizer):
+    """The first layer's projections and, whole, another parameter: autograd's step."""
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    projections = kv_projections(model)
+    first = next(iter(projections))
+    other = next(n for n in before if "norm" in n or "ln_" in n)
+    parts = {first: projections[first], other: lambda t: t}
+    update, losses = kv_sgd(model, tokenizer, TEXTS[:1], 0.05, parts=parts)
+    ids = tokenizer(TEXTS[0], add_special_tokens=False, return_tensors="pt").input_ids
+    weights = [model.get_parameter(n).requires_grad_(True) for n in parts]
+    loss = model(ids, labels=ids).loss
+    gradients = torch.autograd.grad(loss, weights)
+    model.requires_grad_(False)
+    assert losses == [pytest.approx(loss.item(), abs=1e-5)]
+    assert list(update) == [first, other]
+    for (name, part), gradient in zip(parts.items(), gradients, strict=True):
+        want = -0.05 * part(gradient)
+        torch.testing.assert_close(update[name], want, atol=1e-6, rtol=1e-4)
+        assert want.abs().max() > 1e-4
+    with updated(model, update):
+        for name, parameter in model.named_parameters():
+            part = parts.get(name)
+            want = before[name].clone()
+            if part:
+                part(want).add_(update[name])
+            assert torch.equal(parameter, want), name
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
 def test_loss_over_completions_alone(model, tokenizer):
     prompts, words = ["the film was good", "a dull story"], ["Unclearly", "Negative"]
     update, losses = kv_sgd(model, tokenizer, prompts[:1], 0.05, words[:1])

@@ -192,6 +192,26 @@ def test_regressor_reads_shorter_sequences_alike(regressor):
         )
 
 
+def test_a_paired_regressor_reads_rows_and_not_the_last_label():
+    model = learners.PairedRegressor(2, 4, 8, 1, 2, seed=3)
+    g = torch.Generator().manual_seed(0)
+    X, y = torch.randn(3, 4, 2, generator=g), torch.randn(3, 4, generator=g)
+    rows = torch.tensor(
+        [
+            [[*x.tolist(), label if i < 3 else 0.0] for i, (x, label) in enumerate(own)]
+            for own in (zip(X[b], y[b].tolist(), strict=True) for b in range(3))
+        ]
+    )
+    with torch.no_grad():
+        states = model.body(inputs_embeds=model.read_in(rows)).last_hidden_state
+        want = model.read_out(states[:, 3])
+        torch.testing.assert_close(model(X, y), want)
+        y[:, 3] = 100.0
+        torch.testing.assert_close(model(X, y), want)
+        y[0, 0] = 100.0
+        assert (model(X, y) != want)[0].item()
+
+
 def test_regressor_is_seeded():
     torch.manual_seed(7)
     state = torch.random.get_rng_state()

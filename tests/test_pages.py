@@ -109,6 +109,16 @@ def test_execution_page_has_every_chapter_from_its_run(html, pages):
         assert row[1:] == ["smoke", f"{run['seconds']:.0f}", f"{run['peak_gb']:.1f}"]
 
 
+def test_the_package_page_names_the_chapters_that_use_a_function(html, pages):
+    page = pages[html / "book" / "api.html"]
+    entry = page.find(id="icl.models.load_model").find_parent("dl")
+    links = {link["href"].partition("#")[0] for link in entry.find_all("a", href=True)}
+    for name in chapters():
+        cells = json.loads((ROOT / "book" / f"{name}.ipynb").read_text())["cells"]
+        code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        assert (f"{name}.html" in links) == ("load_model" in code), name
+
+
 def test_mathjax_is_here_and_small(html):
     assert (html / "mathjax" / "tex-chtml.js").is_file()
     size = sum(p.stat().st_size for p in Path(html / "mathjax").rglob("*"))

@@ -67,6 +67,19 @@ def test_rows_of_other_data_do_not_mix(root):
     assert results.read_table("t")[0].a.tolist() == [1]
 
 
+def test_rows_that_are_there_are_found(root):
+    columns = ["seed", "mean", "note"]
+    assert results.rows_made("t", columns, "m/mr", FACTS, task="mr").empty
+    for task, seed in [("mr", 1), ("mr", 2), ("cb", 1)]:
+        row = {"task": task, "seed": seed, "mean": seed / 7}
+        results.add_rows("t", [row], ["task", "seed"], f"m/{task}", FACTS)
+    made = results.rows_made("t", columns, "m/mr", FACTS, task="mr")
+    assert made[["seed", "mean"]].to_numpy().tolist() == [[1, 1 / 7], [2, 2 / 7]]
+    assert made.note.isna().all()
+    with pytest.raises(ValueError, match=r"m/mr with model .* must not mix"):
+        results.rows_made("t", columns, "m/mr", FACTS | {"model": "n"}, task="mr")
+
+
 def test_table_of_another_format_is_refused(root):
     made = {"m/mr": results.provenance(**FACTS) | {"format": 99, "commit": "c0ffee"}}
     results.write_table("t", [{"a": 1}], made)

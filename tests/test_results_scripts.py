@@ -31,10 +31,18 @@ def load_script(name):
 
 
 def run(
-    root, kill_at=0, task=TASK, layer_causal_diverges=False, model="m", examples=None
+    root,
+    kill_at=0,
+    task=TASK,
+    layer_causal_diverges=False,
+    model="m",
+    examples=None,
+    **instead,
 ):
     """The comparison on a tiny model; its finetunings are listed in a file."""
     script, root = load_script("icl_vs_finetuning"), Path(root)
+    for name, function in instead.items():
+        setattr(script, name, function)
     root.mkdir(exist_ok=True)
     results.ROOT = script.ROOT = root
     script.load_model = lambda name: (tiny_model("llama"), word_tokenizer())
@@ -116,6 +124,18 @@ def test_diverged_rates_are_kept_and_the_search_goes_on(finished):
     assert rows.predictions.notna().all()
 
 
+def test_demonstrations_without_token_counts_have_no_kendall(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+
+    def joined(*_):
+        raise ValueError("the tokenizer joins a demonstration to its separator")
+
+    run(tmp_path, demonstration_of_tokens=joined)
+    table, _ = results.read_table("similarities")
+    assert "SimAOU" in set(table.measure)
+    assert not table.measure.str.contains("Kendall").any()
+
+
 def test_other_data_under_the_same_name_is_refused(finished):
     other = Task("tiny", "Review : {text} is", ["Positive", "Negative"], ROWS, ROWS)
     with pytest.raises(ValueError, match="m/tiny/newline with data_sha256 .* not mix"):
@@ -135,6 +155,20 @@ def test_weights_in_a_file_are_known_by_its_name_and_hash(tmp_path, monkeypatch)
     weights.write_bytes(b"one")
     with pytest.raises(ValueError, match="model_sha256 .* not mix"):
         run(tmp_path / digest, model=str(weights), examples=3)
+
+
+def test_a_wider_network_pays_for_two_views():
+    script = load_script("attentions")
+    count = {}
+    for arm in ("softmax", "softmax, wider", "augmented"):
+        width, heads = script.SIZES["1m"][1:]
+        model = script.gpt(
+            "1m", 256, 64, 0, script.ARMS[arm], script.inner(arm, width, heads)
+        )
+        count[arm] = sum(p.numel() for p in model.parameters())
+    added = {arm: n - count["softmax"] for arm, n in count.items()}
+    assert added["augmented"] > 0
+    assert added["softmax, wider"] == pytest.approx(added["augmented"], rel=0.02)
 
 
 def remake(root):

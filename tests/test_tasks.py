@@ -69,6 +69,16 @@ def test_evaluation_cap(data):
     assert list(load_task("agnews").evaluation) == want.to_list()
 
 
+def test_a_part_of_the_examples(data):
+    rows = [{"text": f"t{n}", "label": n % 2} for n in range(9)]
+    write(data, "mr/validation.jsonl", rows)
+    order = datasets.Dataset.from_list(rows).shuffle(seed=1)["text"][:4]
+    assert [e["text"] for e in load_task("mr").head(4).evaluation] == sorted(order)
+    assert len(load_task("mr").head(20).evaluation) == 9
+    with pytest.raises(ValueError, match="mr cannot be cut to 0 evaluation examples"):
+        load_task("mr").head(0)
+
+
 def test_sampling_is_that_of_datasets(data):
     rows = [{"text": f"t{n}", "label": n % 2} for n in range(500)]
     write(data, "mr/train.jsonl", rows)

@@ -307,7 +307,7 @@ def test_tokens_come_back_and_damage_is_seen(tmp_path):
         gpt("2b", 10, 10)
 
 
-def test_recall_asks_for_every_pair_once():
+def test_recall_asks_for_pairs_that_were_shown():
     batch = RecallBatches(5, pairs=6, symbols=9, seed=2)(step=3)
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         shown = dict(zip(ids[:12:2], ids[1:12:2], strict=True))

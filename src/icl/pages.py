@@ -48,9 +48,8 @@ def _say_where(app, what, name, obj, options, lines):
 
 
 def _skip(app, what, name, obj, skip, options):
-    field = type(obj).__name__ in ("_tuplegetter", "member_descriptor")
-    inherited = name == "forward" and "Define the computation" in (obj.__doc__ or "")
-    return skip or field or inherited  # nothing is said there that is not elsewhere
+    # fields of a named tuple are among its attributes already
+    return skip or type(obj).__name__ == "_tuplegetter"
 
 
 def setup(app):

@@ -83,6 +83,29 @@ def add_rows(name: str, rows: list[dict], key: list[str], part: str, facts: dict
         write_table(name, added, {part: facts, **about})
 
 
+def rows_made(name: str, columns: list[str], part: str, facts: dict, **where):
+    """What a table has already, so that a killed run makes the rest alone.
+
+    Args:
+        name: of the table, which need not exist.
+        columns: those wanted.
+        part, facts: as in :func:`add_rows`.
+        where: values of other columns that tell the rows of ``part`` apart.
+
+    Returns:
+        :class:`pandas.DataFrame` of these rows and columns, empty if there are none.
+
+    Raises:
+        ValueError: as :func:`add_rows`.
+    """
+    if not table_path(name).is_file():
+        return pd.DataFrame(columns=columns)
+    table, about = read_table(name)
+    check_origin(name, about, part, facts)
+    mine = (table[[*where]] == [*where.values()]).all(axis=1)
+    return table.loc[mine].reindex(columns=columns)
+
+
 def check_origin(name: str, about: dict, part: str, facts: dict):
     """Raise ``ValueError`` if rows of ``part`` were made from something else."""
     known = about.get(part, {})

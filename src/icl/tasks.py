@@ -87,7 +87,13 @@ class Task:
         return np.array([example["label"] for example in self.evaluation])
 
     def head(self, n: int, seed: int = 1) -> "Task":
-        """This task with ``n`` evaluation examples, drawn by ``seed``."""
+        """This task with ``n`` evaluation examples, drawn by ``seed``.
+
+        Raises:
+            ValueError: ``n`` below 1.
+        """
+        if n < 1:
+            raise ValueError(f"{self.name} cannot be cut to {n} evaluation examples")
         order = np.sort(_permutation(len(self.evaluation), seed)[:n])
         return Task(
             self.name,
