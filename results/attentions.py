@@ -8,6 +8,8 @@ initial weights and see the same sequences in the same order. Measures:
 - ``loss`` (of training, since the last step given) and ``held out``, nats a token, by
   step; in context: ``error`` (of the last of the labels) or ``recall``;
 - ``held out, T tokens``: nats a token at the end, in windows of T;
+- ``accuracy, k examples``: at the end, on a task of the paper, behind so many
+  demonstrations (the mean of several draws); ``label loss, k examples``: nats a label;
 - ``rate l.h``: what a head's learned rate, or its convolution's weight at distance
   one, has come to.
 """
@@ -21,12 +23,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import softmax
+from transformers import PreTrainedTokenizerFast
 
 from icl.attention import equip, rates
+from icl.comparison import Subject
 from icl.corpora import BYTES, as_bytes, byte_pairs, load_text
 from icl.learners import InContextRegressor, PairedRegressor
 from icl.results import ROOT, add_rows, provenance, rows_made
 from icl.synthetic import function_labels, sample_inputs
+from icl.tasks import load_task
 from icl.training import (
     SIZES,
     Plan,
@@ -150,9 +156,8 @@ EXPERIMENTS = {
     "shakespeare": Text("shakespeare", arms=(*MOMENTUM,)),
     "contrast": Text("shakespeare", arms=(*CONTRAST,)),
     "wikitext2": Text("wikitext2"),
-    "long": Text("shakespeare", steps=3000, seeds=3, arms=FEW),
-    "beyond": Text("shakespeare", positions=512, steps=900, arms=FEW),
-    "words": Text("reviews", 4096, "3m", seeds=3, arms=FEW),
+    "long": Text("shakespeare", positions=512, steps=2400, seeds=3, arms=FEW),
+    "words": Text("reviews", 1024, "3m", 512, 512, 4, 500, seeds=3, arms=FEW),
     "regression": Functions(
         5, 11, "linear", 4, 128, 4, paired=False, batch=32, steps=3000, arms=FEW
     ),
@@ -171,19 +176,19 @@ EXPERIMENTS = {
 @lru_cache(1)
 def tokens_of(corpus, vocabulary):
     text = load_text(corpus)
-    parts = text.train, text.held_out
+    parts, pairs = (text.train, text.held_out), None
     if vocabulary == BYTES:
         tokens = [as_bytes(part) for part in parts]
     else:
         pairs = byte_pairs(text.train, vocabulary)
         tokens = [np.array(pairs.encode(part).ids) for part in parts]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    return *tokens, digest, text.source
+    return *tokens, pairs, digest, text.source
 
 
 def on_text(spec, arm, seed, folder):
     """Train one arm on running text; its rows, but for what names the run."""
-    tokens, held_out, digest, _ = tokens_of(spec.corpus, spec.vocabulary)
+    tokens, held_out, pairs, digest, _ = tokens_of(spec.corpus, spec.vocabulary)
     held_out = held_out[:50_000]
     steps = round(MORE * spec.steps) if arm == "softmax, more steps" else spec.steps
     plan = Plan(steps=steps, batch=spec.batch)
@@ -202,7 +207,27 @@ def on_text(spec, arm, seed, folder):
         if length <= spec.positions:
             found = losses(model, held_out, length).mean()
             yield row(f"held out, {length} tokens", found, steps)
+    if pairs is not None:
+        yield from classified(model, pairs, steps)
     yield from learned(model, steps)
+
+
+def classified(model, pairs, steps):
+    """How well a model of film reviews answers about them (Dai et al., Table 7)."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs)
+    subject = Subject(model, tokenizer, load_task("mr").head(500))
+    labels = subject.task.labels()
+    for k, draws in (0, 1), (4, 5):
+        found = [
+            subject.score(subject.task.sample(k, 1 + n) if k else ())
+            for n in range(draws)
+        ]
+        right = np.mean([scores.argmax(1) == labels for scores in found])
+        p = [
+            softmax(scores, axis=1)[np.arange(len(labels)), labels] for scores in found
+        ]
+        yield row(f"accuracy, {k} examples", right, steps)
+        yield row(f"label loss, {k} examples", -np.log(p).mean(), steps)
 
 
 def inner(arm, width, heads):
@@ -308,6 +333,8 @@ def main(name):
         *_, digest, source = tokens_of(spec.corpus, spec.vocabulary)
         facts |= dict(model=f"GPT-2 of size {spec.size}, trained from scratch")
         facts |= dict(data_sha256=digest, data_source=source)
+        if spec.vocabulary != BYTES:
+            facts["task_sha256"] = load_task("mr").digest()
     else:
         facts["data"] = "drawn from the seed"
     made = rows_made(TABLE, ["arm", "seed"], name, facts, experiment=name)
