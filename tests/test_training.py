@@ -303,7 +303,7 @@ def test_tokens_come_back_and_damage_is_seen(tmp_path):
         read_tokens(tmp_path / "c.bin")
     with pytest.raises(ValueError, match="from 0 to 69999, outside a vocabulary of 9"):
         write_tokens(tmp_path / "c.bin", ids, 9)
-    with pytest.raises(ValueError, match="not one of 1m"):
+    with pytest.raises(ValueError, match="not one of 0.1m, 1m"):
         gpt("2b", 10, 10)
 
 

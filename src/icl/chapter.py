@@ -1,4 +1,4 @@
-"""What every chapter opens and closes with, and its ``check`` line."""
+"""What every chapter opens and closes with, its ``check`` lines and its findings."""
 
 import datetime
 import os
@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from myst_nb import glue
 
 from icl.results import commit
 
@@ -41,6 +42,7 @@ TASK_NAMES = {
 
 _opened = {}
 _checks = []
+_findings = []
 
 
 def begin(scale: str, seed: int = 0):
@@ -52,6 +54,7 @@ def begin(scale: str, seed: int = 0):
     if scale not in SCALES:
         raise ValueError(f"scale {scale!r} is not one of {', '.join(SCALES)}")
     _checks.clear()
+    _findings.clear()
     _opened.update(started=time.perf_counter(), scale=scale, seed=seed)
     np.random.seed(seed)  # noqa: NPY002  (for libraries that draw from it)
     torch.manual_seed(seed)
@@ -86,6 +89,83 @@ def check(claim, got, expected=0.0, tolerance=0.0) -> None:
     print(f"{'✓' if holds else '✗'} {line}")
     assert holds, f"the check does not hold: {line}"
     _checks.append((claim, error, tolerance))
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval says of "it is above zero"."""
+    if low > 0:
+        return "holds"
+    return "does not hold" if high < 0 else "undecided"
+
+
+def finding(
+    claim,
+    statement,
+    interval=None,
+    *,
+    above=None,
+    below=None,
+    checked=None,
+    published="-",
+    on="",
+    form="+.3f",
+) -> str:
+    """Enter what this page says of a claim into the book's scoreboard.
+
+    Exactly one of ``above``, ``below`` and ``checked`` says how it is judged.
+
+    Args:
+        claim: its number in ``book/claims.toml``.
+        statement: what of the claim is judged, in words.
+        interval: ``(mean, low, high)``, a 95 % interval.
+        above: the statement holds if the whole interval is above this number, does
+            not hold if the whole is below, and is undecided otherwise.
+        below: the same, the other way round.
+        checked: the statement is an identity, and this the line of :func:`check`
+            that holds on this page.
+        published: the number that the source gives, if it gives one.
+        on: model and data.
+        form: of the numbers.
+
+    Returns:
+        the verdict.
+
+    Raises:
+        ValueError: not exactly one rule, an interval that is none, or a check that
+            has not been made on this page.
+    """
+    rules = [rule is not None for rule in (above, below, checked)]
+    if sum(rules) != 1 or (interval is None) != (checked is not None):
+        raise ValueError(
+            f"{statement!r}: give either an interval with one of above and below, or "
+            "the check that shows it"
+        )
+    row = {"claim": claim, "statement": statement, "published": published, "on": on}
+    if checked is not None:
+        errors = {name: error for name, error, _ in _checks}
+        if checked not in errors:
+            made = "; ".join(errors) or "none"
+            raise ValueError(f"no check {checked!r} on this page; made were: {made}")
+        row |= {"here": f"to {errors[checked]:.0e}", "verdict": "holds"}
+    else:
+        mean, low, high = map(float, interval)
+        if not -np.inf < low <= mean <= high < np.inf:
+            raise ValueError(f"{statement!r}: {low} .. {high} is no interval of {mean}")
+        bar = below if above is None else above
+        sides = (low - bar, high - bar) if below is None else (bar - high, bar - low)
+        row |= {"mean": mean, "low": low, "high": high, "bar": float(bar)}
+        row["side"] = "above" if below is None else "below"
+        row["here"] = f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+        row["verdict"] = verdict(*sides)
+    _findings.append(row)
+    glue(statement, row, display=False)
+    return row["verdict"]
+
+
+def findings() -> pd.DataFrame:
+    """What :func:`finding` has entered on this page, by claim."""
+    columns = ["statement", "published", "here", "verdict"]
+    return pd.DataFrame(_findings, columns=["claim", *columns]).set_index("claim")
 
 
 def panels(count: int):

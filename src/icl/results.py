@@ -93,7 +93,7 @@ def rows_made(name: str, columns: list[str], part: str, facts: dict, **where):
         where: values of other columns that tell the rows of ``part`` apart.
 
     Returns:
-        :class:`pandas.DataFrame` of these rows and columns, empty if there are none.
+        ``pandas.DataFrame`` of these rows and columns, empty if there are none.
 
     Raises:
         ValueError: as :func:`add_rows`.

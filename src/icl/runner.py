@@ -28,6 +28,7 @@ import yaml
 
 from icl.assets import ASSETS, AssetError, cache_dir, fetch
 from icl.results import ROOT, write_atomically
+from icl.scoreboard import findings_of, read_claims, scoreboard
 
 BUILD = ROOT / "_build"
 TIMEOUT = 3600  # seconds a chapter may take
@@ -335,12 +336,19 @@ def _assemble(records, scale, folder):
         shutil.copy(ROOT / name, source / name)
     for record in records:
         shutil.copy(ROOT / record["notebook"], source / "book")
-    with open(source / "book" / "execution.csv", "w", newline="") as table:
-        rows = csv.writer(table)
-        rows.writerow(["chapter", "scale", "seconds", "peak memory, GB"])
-        for r in records:
-            page = f"{{doc}}`{r['chapter']}`"
-            rows.writerow([page, scale, f"{r['seconds']:.0f}", f"{r['peak_gb']:.1f}"])
+    executions = [["chapter", "scale", "seconds", "peak memory, GB"]]
+    found = {}
+    for r in records:
+        page = f"{{doc}}`{r['chapter']}`"
+        row = [page, scale, f"{r['seconds']:.0f}", f"{r['peak_gb']:.1f}"]
+        executions.append(row)
+        executed = (ROOT / r["notebook"]).read_text(encoding="utf-8")
+        found[r["chapter"]] = findings_of(json.loads(executed))
+    claims, statements = scoreboard(read_claims(ROOT / "book" / "claims.toml"), found)
+    tables = {"execution": executions, "claims": claims, "statements": statements}
+    for name, rows in tables.items():
+        with open(source / "book" / f"{name}.csv", "w", newline="") as table:
+            csv.writer(table).writerows(rows)
     unpack_mathjax(source / "_mathjax" / "mathjax")
     return source
 

@@ -30,6 +30,7 @@ from icl.results import write_atomically
 
 #: Layers, width and heads, by the size in parameters without embeddings.
 SIZES = {
+    "0.1m": (2, 64, 2),
     "1m": (4, 128, 4),
     "3m": (6, 192, 6),
     "10m": (6, 384, 6),

@@ -1,0 +1,105 @@
+"""The scoreboard: claims in ``book/claims.toml``, and what the chapters found."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+#: What the statements of a claim make of it.
+SUMS = ("stands", "stands in part", "falls", "undecided")
+
+
+def read_claims(path: Path) -> list[dict]:
+    """The claims of the book, by number.
+
+    Raises:
+        ValueError: a claim without one of its parts, or two of the same number.
+    """
+    claims = tomllib.loads(Path(path).read_text(encoding="utf-8"))["claim"]
+    for claim in claims:
+        if missing := {"number", "claim", "source"} - claim.keys():
+            raise ValueError(f"{path}: claim {claim} has no {', '.join(missing)}")
+        if ("headline" in claim) == ("untested" in claim):
+            raise ValueError(
+                f"{path}: claim {claim['number']} needs either a headline, one of its "
+                "statements, or what keeps it untested"
+            )
+    numbers = [claim["number"] for claim in claims]
+    if numbers != sorted(set(numbers)):
+        raise ValueError(f"{path}: the numbers of claims do not rise: {numbers}")
+    return claims
+
+
+def findings_of(notebook: dict) -> list[dict]:
+    """What :func:`icl.chapter.finding` left in an executed notebook."""
+    outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", ())]
+    glued = [o for o in outputs if "scrapbook" in o.get("metadata", {})]
+    texts = ["".join(*o["data"].values()) for o in glued]
+    return [ast.literal_eval(text) for text in texts]
+
+
+def total(verdicts) -> str:
+    """One of ``SUMS``: all hold, some do, some do not and none does, none decides."""
+    held = [verdict == "holds" for verdict in verdicts]
+    if all(held):
+        return "stands"
+    if any(held):
+        return "stands in part"
+    return "falls" if "does not hold" in verdicts else "undecided"
+
+
+def scoreboard(claims: list[dict], found: dict[str, list[dict]]):
+    """Two tables of strings, their heads first: claims, and all statements.
+
+    Args:
+        claims: from :func:`read_claims`.
+        found: findings by the chapter that has them, in the order of the book.
+
+    Raises:
+        ValueError: a claim that no chapter tests, a headline that is none of its
+            statements, or a finding of no claim.
+    """
+    rows = [row | {"chapter": name} for name in found for row in found[name]]
+    known = {claim["number"] for claim in claims}
+    if strays := [r["statement"] for r in rows if r["claim"] not in known]:
+        raise ValueError(f"findings of no claim in claims.toml: {'; '.join(strays)}")
+    head = ["", "claim", "source", "published", "here", "verdict", "chapter"]
+    short, whole = [head], [["", "statement", *head[3:6], "on", head[6]]]
+    for claim in claims:
+        own = [row for row in rows if row["claim"] == claim["number"]]
+        number, named = str(claim["number"]), [claim["claim"], claim["source"]]
+        if "untested" in claim:
+            if own:
+                raise ValueError(f"claim {number} is said to be untested, and is not")
+            short.append([number, *named, "", "", "not tested", claim["untested"]])
+            continue
+        first = [row for row in own if row["statement"] == claim["headline"]]
+        if not first:
+            there = "; ".join(row["statement"] for row in own) or "none"
+            raise ValueError(
+                f"claim {number} has no finding {claim['headline']!r}; "
+                f"those of the chapters are: {there}"
+            )
+        pages = dict.fromkeys(map(_page, own))
+        verdicts = [row["verdict"] for row in own]
+        held = f"{verdicts.count('holds')} of {len(own)}"
+        short.append(
+            [
+                number,
+                *named,
+                *(_shown(first[0][fact]) for fact in ("published", "here")),
+                f"{total(verdicts)} ({held})",
+                ", ".join(pages),
+            ]
+        )
+        for row in own:
+            facts = ("statement", "published", "here", "verdict", "on")
+            whole.append([number, *(_shown(row[f]) for f in facts), _page(row)])
+    return short, whole
+
+
+def _page(row):
+    return f"{{doc}}`{int(row['chapter'][:2])} <{row['chapter']}>`"
+
+
+def _shown(text):
+    return "" if text == "-" else text  # a lone hyphen would be a list
