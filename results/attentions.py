@@ -140,6 +140,7 @@ class Functions(NamedTuple):
     width: int = 32
     heads: int = 2
     noise: float = 0.0
+    rate: float = 1e-3  # of learning
     paired: bool = True
     batch: int = 64
     steps: int = 1500
@@ -157,6 +158,7 @@ class Recall(NamedTuple):
     symbols: int = 32
     size: str = "0.1m"
     spread: float = 5.0
+    rate: float = 2e-3
     batch: int = 64
     steps: int = 2000
     seeds: int = 5
@@ -171,7 +173,7 @@ EXPERIMENTS = {
     "long": Text("shakespeare", positions=512, steps=1800, seeds=3, arms=FEW),
     "words": Text("reviews", 1024, "3m", 512, 512, 4, 300, seeds=3, arms=FEW),
     "regression": Functions(
-        5, 11, "linear", 4, 128, 4, paired=False, batch=32, steps=3000, arms=FEW
+        3, 8, "linear", 3, 64, 4, rate=2e-3, paired=False, steps=1200, arms=FEW
     ),
     "recall": Recall(),
     **{
@@ -293,13 +295,13 @@ def in_context(spec, arm, seed, folder):
     """Train one arm to learn in context; its rows."""
     if isinstance(spec, Functions):
         make, label = partial(FunctionBatches, spec=spec), "error"
-        plan = Plan(spec.steps, spec.batch, weight_decay=0.0)
+        plan = Plan(spec.steps, spec.batch, 1, spec.rate, weight_decay=0.0)
         model = Regression(spec, seed, ARMS[arm], inner(arm, spec.width, spec.heads))
 
         def judge(found, batch):
             return (found.predictions[:, -1].numpy() - batch["y"][:, -1]) ** 2
     else:
-        plan = Plan(spec.steps, spec.batch, 1, 2e-3, evaluate_every=50)
+        plan = Plan(spec.steps, spec.batch, 1, spec.rate, evaluate_every=50)
         make = partial(RecallBatches, pairs=spec.pairs, symbols=spec.symbols)
         sizes = spec.size, 2 * spec.symbols, 4 * spec.pairs
         model, label = gpt(*sizes, seed, ARMS[arm]), "recall"
