@@ -102,7 +102,8 @@ SWEEP = {
     **{f"augmented, depth {n}": augmented(hidden=HIDDEN, depth=n) for n in (2, 3)},
 }
 ARMS = MOMENTUM | CONTRAST | SWEEP
-FEW = ("softmax", "momentum .5", "convolution, learned")
+TWO = ("softmax", "momentum .5")
+FEW = (*TWO, "convolution, learned")
 SOME = (*FEW, "momentum .9", "momentum, learned", "shift .5", "heavy ball .9")
 MORE = 1.08  # steps that pay for the time which momentum costs, and some more
 
@@ -169,11 +170,11 @@ EXPERIMENTS = {
     "shakespeare": Text("shakespeare", arms=(*MOMENTUM,)),
     "contrast": Text("shakespeare", arms=(*CONTRAST,)),
     "wikitext2": Text("wikitext2"),
-    "larger weights": Text("shakespeare", spread=4.0, seeds=3, arms=FEW),
+    "larger weights": Text("shakespeare", spread=4.0, seeds=3, arms=TWO),
     "long": Text("shakespeare", positions=512, steps=1800, seeds=3, arms=FEW),
     "words": Text("reviews", 1024, "3m", 512, 512, 4, 300, seeds=3, arms=FEW),
     "regression": Functions(
-        3, 8, "linear", 3, 64, 4, rate=2e-3, paired=False, steps=1200, arms=FEW
+        3, 8, "linear", 3, 64, 4, rate=2e-3, paired=False, steps=1200, arms=TWO
     ),
     "recall": Recall(),
     **{
