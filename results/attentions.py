@@ -161,7 +161,7 @@ class Recall(NamedTuple):
     spread: float = 5.0
     rate: float = 2e-3
     batch: int = 64
-    steps: int = 2000
+    steps: int = 1200
     seeds: int = 5
     arms: tuple = (*FEW, "shift .5")
 
