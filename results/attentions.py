@@ -172,7 +172,7 @@ EXPERIMENTS = {
     "wikitext2": Text("wikitext2"),
     "larger weights": Text("shakespeare", spread=4.0, seeds=3, arms=TWO),
     "long": Text("shakespeare", positions=512, steps=1800, seeds=3, arms=FEW),
-    "words": Text("reviews", 1024, "3m", 512, 512, 4, 300, seeds=3, arms=FEW),
+    "words": Text("reviews", 1024, "3m", 512, 512, 4, 600, seeds=3, arms=TWO),
     "regression": Functions(
         3, 8, "linear", 3, 64, 4, rate=2e-3, paired=False, steps=1200, arms=TWO
     ),
