@@ -119,6 +119,14 @@ def test_the_package_page_names_the_chapters_that_use_a_function(html, pages):
         assert (f"{name}.html" in links) == ("load_model" in code), name
 
 
+def test_a_chapter_says_what_its_run_took(html, pages):
+    for name in chapters():
+        run = json.loads((ROOT / "_build/smoke/runs" / f"{name}.json").read_text())
+        badges = pages[html / "book" / f"{name}.html"].select("h1 + p .sd-badge")
+        said = [badge.get_text() for badge in badges]
+        assert said[:2] == [f"{run['seconds']:.0f} s", f"{run['peak_gb']:.1f} GB"]
+
+
 def test_mathjax_is_here_and_small(html):
     assert (html / "mathjax" / "tex-chtml.js").is_file()
     size = sum(p.stat().st_size for p in Path(html / "mathjax").rglob("*"))

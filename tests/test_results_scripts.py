@@ -171,6 +171,37 @@ def test_a_wider_network_pays_for_two_views():
     assert added["softmax, wider"] == pytest.approx(added["augmented"], rel=0.02)
 
 
+class ReachedError(Exception):
+    """A run has come as far as a test wants."""
+
+
+def test_committed_losses_of_an_attention_come_out_again(tmp_path, monkeypatch):
+    """Its first hundred steps, from the text to the loss on text held out."""
+    data = os.environ.get("ICL_DATA")
+    if not data or not (Path(data) / "tinyshakespeare").is_dir():
+        pytest.skip("needs tinyshakespeare in ICL_DATA")
+    script = load_script("attentions")
+    spec, arm, seed = script.EXPERIMENTS["shakespeare"], "momentum .5", 3
+    table, about = results.read_table("attentions")
+    *_, digest, _ = script.tokens_of(spec.corpus, spec.vocabulary)
+    assert digest == about["shakespeare"]["data_sha256"]
+
+    def measured(model, batches, folder, plan, measure, **about):
+        def first(model):
+            raise ReachedError(measure(model))
+
+        return train(model, batches, folder, plan, first, **about)
+
+    train = script.train
+    monkeypatch.setattr(script, "train", measured)
+    with pytest.raises(ReachedError) as found:
+        list(script.on_text(spec, arm, seed, tmp_path))
+    chosen = "experiment == 'shakespeare' and measure == 'held out' and step == 100"
+    rows = table.query(f"{chosen} and seed == {seed}").set_index("arm").value
+    assert found.value.args[0] == pytest.approx(rows[arm], abs=2e-3)
+    assert abs(rows["softmax"] - rows[arm]) > 0.1  # so another arm would be told apart
+
+
 def remake(root):
     """The rows of CB, seed 3, finetuned, from nothing."""
     script = load_script("icl_vs_finetuning")

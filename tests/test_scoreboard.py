@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -90,7 +91,7 @@ def test_tables():
     both = "{doc}`1 <01_a>`, {doc}`2 <02_b>`"
     here = "0.1 [0, 0.2]"
     assert short[1:] == [
-        ["1", "one", "a", "0.3", here, "stands in part (1 of 2)", both],
+        ["1", "one", "a", "0.3", f"x: {here}", "stands in part (1 of 2)", both],
         ["2", "two", "b", "", "", "not tested", "too large"],
     ]
     assert whole[1:] == [
@@ -149,3 +150,6 @@ def test_verdicts_of_the_book_follow_from_its_numbers():
             holds, fails = low > 0, high < 0
             want = "holds" if holds else "does not hold" if fails else "undecided"
             assert row["verdict"] == want, row
+    said = re.findall(r"[+-]\d\.\d+ \[.*?\]", (ROOT / "README.md").read_text())
+    assert len(said) > 5
+    assert set(said) <= {row["here"] for row in rows}

@@ -334,16 +334,18 @@ def _assemble(records, scale, folder):
     shutil.copytree(ROOT / "book", source / "book", ignore=_not_pages)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, source / name)
-    for record in records:
-        shutil.copy(ROOT / record["notebook"], source / "book")
     executions = [["chapter", "scale", "seconds", "peak memory, GB"]]
     found = {}
     for r in records:
         page = f"{{doc}}`{r['chapter']}`"
         row = [page, scale, f"{r['seconds']:.0f}", f"{r['peak_gb']:.1f}"]
         executions.append(row)
-        executed = (ROOT / r["notebook"]).read_text(encoding="utf-8")
-        found[r["chapter"]] = findings_of(json.loads(executed))
+        executed = json.loads((ROOT / r["notebook"]).read_text(encoding="utf-8"))
+        found[r["chapter"]] = findings_of(executed)
+        _say_what_it_took(executed, r)
+        write_atomically(
+            source / "book" / f"{r['chapter']}.ipynb", json.dumps(executed, indent=1)
+        )
     claims, statements = scoreboard(read_claims(ROOT / "book" / "claims.toml"), found)
     tables = {"execution": executions, "claims": claims, "statements": statements}
     for name, rows in tables.items():
@@ -351,6 +353,15 @@ def _assemble(records, scale, folder):
             csv.writer(table).writerows(rows)
     unpack_mathjax(source / "_mathjax" / "mathjax")
     return source
+
+
+def _say_what_it_took(notebook, record):
+    """Below a chapter's title: the time and the memory of its run, and the machine."""
+    facts = [f"{record['seconds']:.0f} s", f"{record['peak_gb']:.1f} GB"]
+    facts.append(f"{os.cpu_count()} cores")
+    badges = " ".join(f"{{bdg-primary-line}}`{fact}`" for fact in facts)
+    title, *rest = "".join(notebook["cells"][0]["source"]).split("\n", 1)
+    notebook["cells"][0]["source"] = "\n\n".join([title, badges, *rest])
 
 
 def _not_pages(_, names):

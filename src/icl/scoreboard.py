@@ -86,7 +86,8 @@ def scoreboard(claims: list[dict], found: dict[str, list[dict]]):
             [
                 number,
                 *named,
-                *(_shown(first[0][fact]) for fact in ("published", "here")),
+                _shown(first[0]["published"]),
+                f"{first[0]['statement']}: {first[0]['here']}",
                 f"{total(verdicts)} ({held})",
                 ", ".join(pages),
             ]
