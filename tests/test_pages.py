@@ -163,7 +163,7 @@ def test_paper_scale_runs_the_whole_protocol(tmp_path, monkeypatch):
         "".join(o["data"]["text/plain"])
         for c in cells
         for o in c["outputs"]
-        if "data" in o
+        if "text/plain" in o.get("data", ())
     ]
     picked = next(s for s in shown if "rates that did not diverge" in s)
     assert picked.splitlines()[1].split()[:2] == ["mr", "12"]
