@@ -8,7 +8,7 @@ import pytest
 
 from icl import chapter, scoreboard
 from icl.results import ROOT
-from icl.runner import build_book, chapters
+from icl.runner import chapters, run_chapter
 
 
 @pytest.fixture
@@ -71,7 +71,6 @@ def test_a_finding_that_cannot_be_judged_is_refused(page):
 )
 def test_total(verdicts, sum_of_them):
     assert scoreboard.total(verdicts) == sum_of_them
-    assert sum_of_them in scoreboard.SUMS
 
 
 def found(claim, statement, verdict="holds"):
@@ -132,11 +131,11 @@ def test_a_claim_that_is_not_whole(tmp_path, text, problem):
 
 def test_verdicts_of_the_book_follow_from_its_numbers():
     """What the executed chapters say, judged again from their intervals."""
-    build_book("smoke", ROOT / "_build" / "smoke")
-    rows = []
+    rows, runs = [], ROOT / "_build" / "smoke" / "runs"  # those of the pages' tests
     for name in chapters():
-        path = ROOT / "_build" / "smoke" / "runs" / f"{name}.ipynb"
-        rows += scoreboard.findings_of(json.loads(path.read_text()))
+        record = run_chapter(name, {"scale": "smoke"}, runs)
+        executed = (ROOT / record["notebook"]).read_text()
+        rows += scoreboard.findings_of(json.loads(executed))
     assert len(rows) >= 60
     tested = {row["claim"] for row in rows}
     claims = scoreboard.read_claims(ROOT / "book" / "claims.toml")

@@ -4,9 +4,6 @@ import ast
 import tomllib
 from pathlib import Path
 
-#: What the statements of a claim make of it.
-SUMS = ("stands", "stands in part", "falls", "undecided")
-
 
 def read_claims(path: Path) -> list[dict]:
     """The claims of the book, by number.
@@ -38,7 +35,11 @@ def findings_of(notebook: dict) -> list[dict]:
 
 
 def total(verdicts) -> str:
-    """One of ``SUMS``: all hold, some do, some do not and none does, none decides."""
+    """What its statements make of a claim, a word or three.
+
+    It stands if all hold and stands in part if some do; it falls if none holds and
+    some do not, and is undecided otherwise.
+    """
     held = [verdict == "holds" for verdict in verdicts]
     if all(held):
         return "stands"
