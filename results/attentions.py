@@ -152,7 +152,7 @@ class Functions(NamedTuple):
 class Recall(NamedTuple):
     """An experiment on recalling what a symbol was paired with.
 
-    With ``spread`` 1 no attention learns it within the steps.
+    Matrices begin ``spread`` times as large as GPT-2's.
     """
 
     pairs: int = 8
@@ -177,6 +177,7 @@ EXPERIMENTS = {
         3, 8, "linear", 3, 64, 4, rate=2e-3, paired=False, steps=1200, arms=TWO
     ),
     "recall": Recall(),
+    "recall of four": Recall(pairs=4, symbols=16),
     **{
         f"{function}-{layers}": Functions(3, 16, function, layers)
         for function in ("linear", "sine", "exponential")
