@@ -106,7 +106,7 @@ def finding(
     above=None,
     below=None,
     checked=None,
-    published="-",
+    published="",
     on="",
     form="+.3f",
 ) -> str:

@@ -87,7 +87,7 @@ def scoreboard(claims: list[dict], found: dict[str, list[dict]]):
             [
                 number,
                 *named,
-                _shown(first[0]["published"]),
+                first[0]["published"],
                 f"{first[0]['statement']}: {first[0]['here']}",
                 f"{total(verdicts)} ({held})",
                 ", ".join(pages),
@@ -95,13 +95,9 @@ def scoreboard(claims: list[dict], found: dict[str, list[dict]]):
         )
         for row in own:
             facts = ("statement", "published", "here", "verdict", "on")
-            whole.append([number, *(_shown(row[f]) for f in facts), _page(row)])
+            whole.append([number, *(row[fact] for fact in facts), _page(row)])
     return short, whole
 
 
 def _page(row):
     return f"{{doc}}`{int(row['chapter'][:2])} <{row['chapter']}>`"
-
-
-def _shown(text):
-    return "" if text == "-" else text  # a lone hyphen would be a list
