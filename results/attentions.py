@@ -105,6 +105,8 @@ ARMS = MOMENTUM | CONTRAST | SWEEP
 TWO = ("softmax", "momentum .5")
 FEW = (*TWO, "convolution, learned")
 SOME = (*FEW, "momentum .9", "momentum, learned", "shift .5", "heavy ball .9")
+VARIANTS = ("regularised -.5", "negative .5, by scores", "augmented, in series")
+MAIN = tuple(arm for arm in CONTRAST if arm not in VARIANTS)
 MORE = 1.08  # steps that pay for the time which momentum costs, and some more
 
 
@@ -146,7 +148,7 @@ class Functions(NamedTuple):
     batch: int = 64
     steps: int = 1500
     seeds: int = 5
-    arms: tuple = (*CONTRAST,)
+    arms: tuple = MAIN
 
 
 class Recall(NamedTuple):
@@ -168,7 +170,7 @@ class Recall(NamedTuple):
 
 EXPERIMENTS = {
     "shakespeare": Text("shakespeare", arms=(*MOMENTUM,)),
-    "contrast": Text("shakespeare", arms=(*CONTRAST,)),
+    "contrast": Text("shakespeare", arms=MAIN),
     "wikitext2": Text("wikitext2"),
     "larger weights": Text("shakespeare", spread=4.0, seeds=3, arms=TWO),
     "long": Text("shakespeare", positions=512, steps=1800, seeds=3, arms=FEW),
@@ -179,10 +181,12 @@ EXPERIMENTS = {
     "recall": Recall(),
     "recall of four": Recall(pairs=4, symbols=16),
     **{
-        f"{function}-{layers}": Functions(3, 16, function, layers)
-        for function in ("linear", "sine", "exponential")
+        f"{function}-{layers}": Functions(3, 16, function, layers, arms=(*CONTRAST,))
+        for function in ("linear", "sine")
         for layers in (1, 2)
     },
+    "exponential-1": Functions(3, 16, "exponential", 1),
+    "exponential-2": Functions(3, 16, "exponential", 2),
     "noise": Functions(3, 16, "linear", 2, noise=0.5),
     "inputs": Functions(8, 16, "linear", 2),
     "sweep": Functions(3, 16, "sine", 2, arms=(*SWEEP,)),
