@@ -180,6 +180,7 @@ EXPERIMENTS = {
     ),
     "recall": Recall(),
     "recall of four": Recall(pairs=4, symbols=16),
+    "recall, contrast": Recall(pairs=4, symbols=16, arms=MAIN),
     **{
         f"{function}-{layers}": Functions(3, 16, function, layers, arms=(*CONTRAST,))
         for function in ("linear", "sine")
@@ -310,7 +311,8 @@ def in_context(spec, arm, seed, folder):
         plan = Plan(spec.steps, spec.batch, 1, spec.rate, evaluate_every=50)
         make = partial(RecallBatches, pairs=spec.pairs, symbols=spec.symbols)
         sizes = spec.size, 2 * spec.symbols, 4 * spec.pairs
-        model, label = gpt(*sizes, seed, ARMS[arm]), "recall"
+        wide = inner(arm, *SIZES[spec.size][1:])
+        model, label = gpt(*sizes, seed, ARMS[arm], wide), "recall"
         grow(model, spec.spread)
 
         def judge(found, batch):
