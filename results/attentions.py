@@ -170,7 +170,7 @@ class Recall(NamedTuple):
 
 EXPERIMENTS = {
     "shakespeare": Text("shakespeare", arms=(*MOMENTUM,)),
-    "contrast": Text("shakespeare", arms=MAIN),
+    "contrast": Text("shakespeare", seeds=3, arms=MAIN),
     "wikitext2": Text("wikitext2"),
     "larger weights": Text("shakespeare", spread=4.0, seeds=3, arms=TWO),
     "long": Text("shakespeare", positions=512, steps=1800, seeds=3, arms=FEW),
@@ -186,7 +186,6 @@ EXPERIMENTS = {
         for function in ("linear", "sine")
         for layers in (1, 2)
     },
-    "exponential-1": Functions(3, 16, "exponential", 1),
     "exponential-2": Functions(3, 16, "exponential", 2),
     "noise": Functions(3, 16, "linear", 2, noise=0.5),
     "inputs": Functions(8, 16, "linear", 2),

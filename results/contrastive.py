@@ -2,9 +2,9 @@
 
 On 100 evaluation examples a task behind the paper's number of demonstrations.
 
-- ``contrast_inference``: the trained model's attention replaced, in all layers or in
-  one. Demonstrations are the prompt's ("prompt"), or all tokens before a token
-  ("tokens").
+- ``contrast_inference``: the trained model's attention replaced. Demonstrations are
+  the prompt's ("prompt"). On one task also with all tokens before a token as its
+  demonstrations ("tokens"), and one layer at a time.
 - ``contrast_finetuning``: one pass of SGD over the demonstrations on the views of
   augmented attention, on K and V of all layers, or on K and V of as many as make the
   same number of parameters; then zero-shot.
@@ -43,6 +43,7 @@ SETTINGS = {
     **{f"negative {b:g}, matched": negative(b, 8, True) for b in (-0.5, 0.25, 0.5)},
     **{f"negative 0.25, k {k}": negative(0.25, k) for k in (1, 64)},
 }
+CLOSER = "mr"  # the task that is looked at from all sides
 BY_LAYER = ("regularised 0.5", "negative 0.5")
 
 
@@ -102,11 +103,16 @@ def at_inference(subject, table):
         table.add((seed, "none", "prompt", -1), asked)
         if seed == SEEDS[0]:
             table.add((0, "zero-shot", "prompt", -1), lambda: asked(examples=()))
-        for reading, told in [("prompt", {"demonstrations": front}), ("tokens", {})]:
+        readings = {"prompt": {"demonstrations": front}, "tokens": {}}
+        for reading, told in readings.items():
+            if reading == "tokens" and task.name != CLOSER:
+                continue
             for name, setting in SETTINGS.items():
                 run = seed, name, reading, -1
                 table.add(run, lambda told=told | setting: asked(told))
-        for name in BY_LAYER if seed == SEEDS[0] else ():
+        if seed != SEEDS[0] or task.name != CLOSER:
+            continue
+        for name in BY_LAYER:
             told = SETTINGS[name] | {"demonstrations": front}
             for layer in range(model.config.num_hidden_layers):
                 run = seed, name, "prompt", layer
