@@ -52,7 +52,7 @@ def test_skeleton(book):
         "Exercises",
     ):
         assert heading in headings
-    assert headings[-1] == "How this page was made"
+    assert headings[-2:] == ["Where to go next", "How this page was made"]
     assert "{admonition} The question" in prose(book)
     assert "What you will take away" in prose(book)
 
@@ -90,12 +90,15 @@ def test_every_figure_has_alt_text_and_caption(book):
             assert "subplots" not in cell.source, "a figure without plt.show()"
 
 
-def test_solutions_are_folded(book):
+def test_exercises_say_how_hard_and_fold_hint_and_solution(book):
     text = prose(book)
     exercises = re.findall(r"{exercise-start}.*\n:label: (\S+)", text)
     assert len(exercises) >= 2
     for label in exercises:
         assert re.search(rf"{{solution-start}} {label}\n:class: dropdown", text)
+        part = text.partition(f":label: {label}\n")[2].partition("{exercise-end}")[0]
+        assert re.match(r"```\n\*(Easy|Medium|Hard), \d+ minutes\.\*", part), label
+        assert "```{dropdown} Hint" in part, f"{label} has no hint"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
