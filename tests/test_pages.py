@@ -1,10 +1,15 @@
 """Every chapter at smoke scale, built with warnings as errors, and the pages read."""
 
+import hashlib
 import json
+import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
 import torch
 import transformers
@@ -127,6 +132,35 @@ def test_a_chapter_says_what_its_run_took(html, pages):
         assert said[:2] == [f"{run['seconds']:.0f} s", f"{run['peak_gb']:.1f} GB"]
 
 
+def test_pages_are_small(html):
+    for name in [*chapters(), "intro", "scoreboard", "api"]:
+        page = html / "book" / f"{name}.html"
+        own = BeautifulSoup(page.read_text(), "html.parser").select("article img")
+        images = {page.parent / image["src"] for image in own}
+        size = page.stat().st_size + sum(p.stat().st_size for p in images)
+        assert size <= 1.5e6, f"{name} has {size / 1e6:.2f} MB"
+
+
+def test_the_same_runs_build_the_same_bytes(html, pages):
+    def digests(folder):
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        contents = [hashlib.sha256(p.read_bytes()).hexdigest() for p in files]
+        return dict(
+            zip([str(p.relative_to(folder)) for p in files], contents, strict=True)
+        )
+
+    first = digests(html)
+    again = digests(build_book("smoke", ROOT / "_build" / "smoke"))
+    assert again.keys() == first.keys()
+    assert not [name for name in first if again[name] != first[name]]
+
+
+def test_a_page_for_wrong_addresses_leads_back(html):
+    page = BeautifulSoup((html / "404.html").read_text(), "html.parser")
+    links = [link["href"] for link in page.find_all("a")]
+    assert all((html / link).is_file() for link in links)
+
+
 def test_mathjax_is_here_and_small(html):
     assert (html / "mathjax" / "tex-chtml.js").is_file()
     size = sum(p.stat().st_size for p in Path(html / "mathjax").rglob("*"))
@@ -169,3 +203,33 @@ def test_paper_scale_runs_the_whole_protocol(tmp_path, monkeypatch):
     assert picked.splitlines()[1].split()[:2] == ["mr", "12"]
     assert int(picked.split()[-1]) > 30
     assert "ICL stuck" in text
+
+
+@pytest.mark.parametrize("address", ["", "https://github.com/someone/something"])
+def test_one_setting_turns_on_the_buttons(address, tmp_path):
+    (tmp_path / "book").mkdir()
+    (tmp_path / "_mathjax").mkdir()
+    shutil.copytree(ROOT / "book" / "_static", tmp_path / "book" / "_static")
+    for name in ("references.bib", "404.html"):
+        shutil.copy(ROOT / "book" / name, tmp_path / "book" / name)
+    config = (ROOT / "_config.yml").read_text()
+    config = config.replace('  url: ""', f'  url: "{address}"')
+    (tmp_path / "_config.yml").write_text(config)
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: book/page\n")
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    notebook.cells = [nbformat.v4.new_markdown_cell("# A page")]
+    nbformat.write(notebook, tmp_path / "book" / "page.ipynb")
+    build = Path(sys.executable).with_name("jupyter-book")
+    subprocess.run([build, "build", tmp_path, "-q"], check=True, capture_output=True)
+    text = (tmp_path / "_build/html/book/page.html").read_text()
+    links = [a["href"] for a in BeautifulSoup(text, "html.parser").select("a[href]")]
+    outside = {link for link in links if link.startswith("http")}
+    if not address:
+        assert not outside
+        return
+    assert address in outside
+    assert f"{address}/edit/main/book/page.ipynb" in outside
+    assert any(link.startswith(f"{address}/issues/new") for link in outside)
+    hub = "https://mybinder.org/v2/gh/someone/something/main"
+    assert f"{hub}?urlpath=lab/tree/book/page.ipynb" in outside

@@ -1,4 +1,5 @@
-"""A Sphinx extension for the book's pages: which chapter uses a function."""
+"""A Sphinx extension for the book's pages: which chapter uses a function, and buttons
+that lead to a public repository where there is one."""
 
 import ast
 import json
@@ -52,7 +53,18 @@ def _skip(app, what, name, obj, skip, options):
     return skip or type(obj).__name__ == "_tuplegetter"
 
 
+def _buttons(app, config):
+    options = config.html_theme_options
+    there = bool(options.get("repository_url"))
+    for what in ("repository", "issues", "edit_page"):
+        options[f"use_{what}_button"] = there
+    interface = {"notebook_interface": "jupyterlab"}
+    hub = {"binderhub_url": "https://mybinder.org"} if there else {}
+    options["launch_buttons"] = interface | hub
+
+
 def setup(app):
+    app.connect("config-inited", _buttons)
     app.connect("autodoc-skip-member", _skip)
     app.connect("autodoc-process-docstring", _say_where)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -102,6 +102,20 @@ async function search(context, fault) {
   await page.close();
 }
 
+// A server gives 404.html for any address; its links must lead back from all depths.
+async function lost() {
+  const text = readFileSync(join(html, "404.html"), "utf8");
+  const page = await browser.newPage();
+  await page.route("**", (route) => route.fulfill({ contentType: "text/html", body: text }));
+  for (const path of ["none.html", "book/none.html"]) {
+    await page.goto(`http://site.test/where/it/lies/${path}`);
+    const links = await page.$$eval("a", (all) => all.map((link) => link.href));
+    const outside = links.filter((link) => !/lies\/(book\/\w+|\w+)\.html$/.test(link));
+    for (const link of outside) faults.push(`404.html under ${path} leads to ${link}`);
+  }
+  await page.close();
+}
+
 const executablePath = process.env.CHROMIUM;
 const browser = await chromium.launch({ executablePath, args: ["--no-sandbox"] });
 const context = await browser.newContext({
@@ -123,6 +137,7 @@ for (const path of all) {
   await narrow(page, fault);
   await page.close();
 }
+await lost();
 await search(context, (text) => faults.push(`search.html: ${text}`));
 await browser.close();
 for (const text of new Set(faults)) console.log(text);
