@@ -13,7 +13,7 @@ PORT ?= 8000
 SECOND := models/tinyllama-1.1b-chat.gguf
 SECOND_SHA := 9ee11adf737960ff06123d5c4fba24d12c5b05ba460a7afa88950fbf2b61add0
 
-.PHONY: help setup book test chapter look serve results bench clean
+.PHONY: help setup book test chapter look pdf serve results bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -38,11 +38,20 @@ test: $(READY)  ## lint, tests, every chapter at smoke scale, a scan of the page
 chapter: $(READY)  ## run one: make chapter NAME=05_icl_and_finetuning P="task=mr seed=7"
 	@$(BIN)/python -m icl.runner chapter $(NAME) $(P)
 
+# in every recipe that needs a browser: its variables, or the reason why not
+define BROWSER
+browser=$${CHROMIUM:-$$(command -v chromium || command -v chromium-browser || true)}; \
+	if [ -z "$$browser" ] || ! command -v npm >/dev/null; then echo "$(1): Chromium or npm is missing"; exit $(2); fi; \
+	mkdir -p _build/browser && cp tests/browser/package*.json tests/browser/*.mjs _build/browser/ \
+	&& (cd _build/browser && npm ci --silent --no-audit --no-fund) && export CHROMIUM=$$browser
+endef
+
 look: book  ## open every page in Chromium: equations, figures, search, accessibility
-	@browser=$${CHROMIUM:-$$(command -v chromium || command -v chromium-browser || true)}; \
-	  if [ -z "$$browser" ] || ! command -v npm >/dev/null; then echo "pages not looked at: Chromium or npm is missing"; exit 0; fi; \
-	  mkdir -p _build/browser && cp tests/browser/package*.json tests/browser/check.mjs _build/browser/ \
-	  && cd _build/browser && npm ci --silent --no-audit --no-fund && CHROMIUM=$$browser node check.mjs ../book/html
+	@$(call BROWSER,pages not looked at,0) && node _build/browser/check.mjs _build/book/html
+
+pdf: book  ## the whole book as _build/book/book.pdf, printed by Chromium
+	@$(call BROWSER,no PDF,1) && node _build/browser/pdf.mjs _build/book/html _build/book/book.pdf \
+	  && echo "_build/book/book.pdf"
 
 serve: book  ## read the book at http://localhost:8000
 	@echo "http://localhost:$(PORT) (stop with control-C)"
