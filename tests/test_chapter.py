@@ -1,8 +1,13 @@
 """The check line holds what it should hold, and begin refuses a wrong scale."""
 
+import base64
+import json
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from bs4 import BeautifulSoup
 
 from icl import chapter
 from icl.chapter import check
@@ -35,6 +40,29 @@ def test_check_fails_the_run(got, expected, tolerance):
 def test_begin_refuses_a_wrong_scale():
     with pytest.raises(ValueError, match="scale 'big' is not one of smoke, laptop"):
         chapter.begin("big")
+
+
+def test_a_dial_has_a_picture_for_each_value():
+    def draw(value):
+        fig, ax = plt.subplots()
+        ax.plot([0, value])
+        return fig
+
+    values = [0.25, 0.5, 1.0]
+    told = "slope", 'A line & "its" end.', "Steeper by the dial.", 1
+    page = BeautifulSoup(chapter.dial(draw, values, *told).data, "html.parser")
+    images = page.select("figure img")
+    assert [image.has_attr("hidden") for image in images] == [True, False, True]
+    assert images[2]["alt"] == 'A line & "its" end. Here slope is 1.'
+    pictures = [base64.b64decode(image["src"].partition(",")[2]) for image in images]
+    assert all(b"<svg" in picture for picture in pictures)
+    assert len(set(pictures)) == 3
+    dial = page.select_one("label input[type=range]")
+    assert (dial["min"], dial["max"], dial["value"]) == ("0", "2", "1")
+    assert page.output.text == "0.5"
+    assert json.loads(page.figure["data-seen"]) == ["0.25", "0.5", "1"]
+    again = BeautifulSoup(chapter.dial(draw, values, *told).data, "html.parser")
+    assert str(again) == str(page)  # pages are built twice to the same bytes
 
 
 def test_checks_of_a_page():

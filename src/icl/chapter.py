@@ -1,6 +1,10 @@
 """What every chapter opens and closes with, its ``check`` lines and its findings."""
 
+import base64
 import datetime
+import html
+import io
+import json
 import os
 import platform
 import time
@@ -10,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from IPython.display import HTML
 from myst_nb import glue
 
 from icl.results import commit
@@ -183,6 +188,42 @@ def panels(count: int):
     for ax in axes.flat[count:]:
         ax.remove()
     return fig, axes.flat[:count]
+
+
+def dial(draw, values, name, alt, caption, start=0) -> HTML:
+    """A figure with a slider: a picture for each value, of which one is seen.
+
+    It needs no kernel, no network and no library; on paper it is the first one seen.
+
+    Args:
+        draw: ``draw(value)`` makes a figure.
+        values: those that the slider has.
+        name: of what it moves.
+        alt, caption: what is seen, and what it shows.
+        start: number of the value at first.
+    """
+    pictures = []
+    for n, value in enumerate(values):
+        figure, file = draw(value), io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        plt.close(figure)
+        picture = base64.b64encode(file.getvalue()).decode()
+        what = html.escape(f"{alt} Here {name} is {value:g}.")
+        hidden = "" if n == start else " hidden"
+        source = f"data:image/svg+xml;base64,{picture}"
+        pictures.append(f'<img src="{source}" alt="{what}"{hidden}>')
+    seen = html.escape(json.dumps([f"{value:g}" for value in values]))
+    move = (
+        "const f = this.closest('figure'); "
+        "f.querySelectorAll('img').forEach((i, n) => i.hidden = n != this.value); "
+        "f.querySelector('output').value = JSON.parse(f.dataset.seen)[this.value];"
+    )
+    return HTML(
+        f'<figure class="dial" data-seen="{seen}"><label>{html.escape(name)} '
+        f'<input type="range" min="0" max="{len(values) - 1}" value="{start}" '
+        f'oninput="{move}"> <output>{values[start]:g}</output></label>'
+        f"{''.join(pictures)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
 
 
 def checks() -> pd.DataFrame:

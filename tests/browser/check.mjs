@@ -54,7 +54,8 @@ async function figures(page, theme, fault) {
     images
       .filter((image) => {
         const box = image.getBoundingClientRect();
-        const hidden = image.closest("details:not([open]), .toggle-hidden");
+        const hidden =
+          image.hidden || image.closest("details:not([open]), .toggle-hidden");
         return !hidden && (box.width < 20 || box.height < 20 || !image.naturalWidth);
       })
       .map((image) => image.getAttribute("src")),
@@ -72,6 +73,21 @@ async function solutions(page, fault) {
     }).length;
   });
   if (shut) fault(`${shut} solutions do not open`);
+}
+
+async function dials(page, fault) {
+  const stuck = await page.$$eval("article figure.dial", (all) =>
+    all.filter((dial) => {
+      const input = dial.querySelector("input");
+      return [input.max, input.min].some((value) => {
+        input.value = value;
+        input.dispatchEvent(new Event("input"));
+        const seen = [...dial.querySelectorAll("img")].map((image) => image.offsetHeight > 0);
+        return seen.filter(Boolean).length !== 1 || !seen[value];
+      });
+    }).length,
+  );
+  if (stuck) fault(`${stuck} dials show no picture or several`);
 }
 
 async function narrow(page, fault) {
@@ -134,6 +150,7 @@ for (const path of all) {
     await accessible(page, theme, fault);
   }
   await solutions(page, fault);
+  await dials(page, fault);
   await narrow(page, fault);
   await page.close();
 }
