@@ -79,8 +79,14 @@ def found(claim, statement, verdict="holds"):
 
 
 CLAIMS = [
-    {"number": 1, "claim": "one", "source": "a", "headline": "x"},
-    {"number": 2, "claim": "two", "source": "b", "untested": "too large"},
+    {"number": 1, "short": "1st", "claim": "one", "source": "a", "headline": "x"},
+    {
+        "number": 2,
+        "short": "2nd",
+        "claim": "two",
+        "source": "b",
+        "untested": "too large",
+    },
 ]
 
 
@@ -99,6 +105,18 @@ def test_tables():
     ]
 
 
+def test_the_picture_counts_verdicts(tmp_path):
+    rows = [found(1, "w", "undecided"), found(1, "x"), found(1, "y")]
+    counts = scoreboard.tally(CLAIMS, {"01_a": rows, "02_b": [found(2, "z")]})
+    assert counts == {"holds": [2, 1], "undecided": [1, 0], "does not hold": [0, 0]}
+    pictures = []
+    for name in "ab":
+        scoreboard.picture(CLAIMS, {"01_a": rows}, tmp_path / name)
+        pictures.append((tmp_path / name).read_bytes())
+    assert b"<svg" in pictures[0]
+    assert pictures[0] == pictures[1]
+
+
 def test_claims_and_findings_that_miss_each_other():
     for rows, problem in [
         ([], "claim 1 has no finding 'x'; those of the chapters are: none"),
@@ -113,18 +131,18 @@ def test_claims_and_findings_that_miss_each_other():
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("number = 1\nclaim = 'a'\nuntested = 'b'", "has no source"),
-        ("number = 1\nclaim = 'a'\nsource = 'b'", "claim 1 needs either a headline"),
+        ("claim = 'a'\nuntested = 'b'", "has no source"),
+        ("claim = 'a'\nsource = 'b'", "claim 1 needs either a headline"),
         (
-            "number = 2\nclaim = 'a'\nsource = 'b'\nheadline = 'c'\n[[claim]]\n"
-            "number = 2\nclaim = 'a'\nsource = 'b'\nheadline = 'c'",
-            "do not rise: .2, 2.",
+            "claim = 'a'\nsource = 'b'\nheadline = 'c'\n[[claim]]\n"
+            "number = 1\nshort = 's'\nclaim = 'a'\nsource = 'b'\nheadline = 'c'",
+            "do not rise: .1, 1.",
         ),
     ],
 )
 def test_a_claim_that_is_not_whole(tmp_path, text, problem):
     path = tmp_path / "claims.toml"
-    path.write_text(f"[[claim]]\n{text}\n")
+    path.write_text(f"[[claim]]\nnumber = 1\nshort = 's'\n{text}\n")
     with pytest.raises(ValueError, match=problem):
         scoreboard.read_claims(path)
 

@@ -28,7 +28,7 @@ import yaml
 
 from icl.assets import ASSETS, AssetError, cache_dir, fetch
 from icl.results import ROOT, write_atomically
-from icl.scoreboard import findings_of, read_claims, scoreboard
+from icl.scoreboard import findings_of, picture, read_claims, scoreboard
 
 BUILD = ROOT / "_build"
 TIMEOUT = 3600  # seconds a chapter may take
@@ -346,7 +346,9 @@ def _assemble(records, scale, folder):
         write_atomically(
             source / "book" / f"{r['chapter']}.ipynb", json.dumps(executed, indent=1)
         )
-    claims, statements = scoreboard(read_claims(ROOT / "book" / "claims.toml"), found)
+    known = read_claims(ROOT / "book" / "claims.toml")
+    claims, statements = scoreboard(known, found)
+    picture(known, found, source / "book" / "verdicts.svg")
     tables = {"execution": executions, "claims": claims, "statements": statements}
     for name, rows in tables.items():
         with open(source / "book" / f"{name}.csv", "w", newline="") as table:

@@ -4,6 +4,9 @@ import ast
 import tomllib
 from pathlib import Path
 
+from matplotlib.figure import Figure
+from matplotlib.style import context
+
 
 def read_claims(path: Path) -> list[dict]:
     """The claims of the book, by number.
@@ -13,7 +16,7 @@ def read_claims(path: Path) -> list[dict]:
     """
     claims = tomllib.loads(Path(path).read_text(encoding="utf-8"))["claim"]
     for claim in claims:
-        if missing := {"number", "claim", "source"} - claim.keys():
+        if missing := {"number", "short", "claim", "source"} - claim.keys():
             raise ValueError(f"{path}: claim {claim} has no {', '.join(missing)}")
         if ("headline" in claim) == ("untested" in claim):
             raise ValueError(
@@ -97,6 +100,39 @@ def scoreboard(claims: list[dict], found: dict[str, list[dict]]):
             facts = ("statement", "published", "here", "verdict", "on")
             whole.append([number, *(row[fact] for fact in facts), _page(row)])
     return short, whole
+
+
+VERDICTS = {"holds": "#1f9e78", "undecided": "#8a8f98", "does not hold": "#d1495b"}
+
+
+def tally(claims: list[dict], found: dict[str, list[dict]]) -> dict[str, list[int]]:
+    """How many statements of each claim have a verdict, by verdict."""
+    rows = [row for name in found for row in found[name]]
+    counts = {}
+    for verdict in VERDICTS:
+        own = [row["claim"] for row in rows if row["verdict"] == verdict]
+        counts[verdict] = [own.count(claim["number"]) for claim in claims]
+    return counts
+
+
+def picture(claims: list[dict], found: dict[str, list[dict]], path: Path):
+    """Draw :func:`tally` as bars, into an SVG file."""
+    names = [f"{claim['short']}  {claim['number']}" for claim in claims]
+    with context("icl.book"):
+        figure = Figure(figsize=(7, 0.3 + 0.27 * len(claims)), layout="constrained")
+        ax = figure.subplots()
+        left = [0] * len(claims)
+        for verdict, counts in tally(claims, found).items():
+            look = {"color": VERDICTS[verdict], "label": verdict}
+            bars = ax.barh(names, counts, left=left, **look)
+            labels = [count or "" for count in counts]
+            ax.bar_label(bars, labels, label_type="center", color="white", fontsize=8)
+            left = [a + b for a, b in zip(left, counts, strict=True)]
+        ax.invert_yaxis()
+        ax.grid(False)
+        ax.set(xlabel="statements", xlim=(0, max([1, *left])))
+        ax.legend(loc="lower right")
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def _page(row):
