@@ -180,7 +180,7 @@ EXPERIMENTS = {
     ),
     "recall": Recall(),
     "recall of four": Recall(pairs=4, symbols=16),
-    "recall, contrast": Recall(pairs=4, symbols=16, arms=MAIN),
+    "recall, contrast": Recall(pairs=4, symbols=16, seeds=3, arms=MAIN),
     **{
         f"{function}-{layers}": Functions(3, 16, function, layers, arms=(*CONTRAST,))
         for function in ("linear", "sine")
