@@ -1,6 +1,7 @@
 """Regularised, augmented and negative attention: by loops, and as gradient steps."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -284,6 +285,12 @@ def test_bad_input_is_refused(call, message):
         call(*inputs())
 
 
+def test_every_sequence_of_a_batch_needs_a_demonstration():
+    marks = torch.arange(9) < torch.tensor([[4], [0]])
+    with pytest.raises(ValueError, match="marks no token of some sequence"):
+        regularised_attention(*inputs(batch=2), 0.1, marks)
+
+
 # --- controls and kin ---------------------------------------------------------------
 
 
@@ -421,9 +428,24 @@ def test_packed_scoring_is_scoring_one_by_one(case, front, tokenizer):
         assert row.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_front_of_a_sequence_is_its_demonstrations():
-    """Of one layer: the functions, on what its attention is given."""
-    model = equip(tiny_model("gpt2"), "regularised", alpha=0.8, demonstrations=7)
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_layer_computes_the_function_of_its_kind(number):
+    """On what its attention is given; the front of a sequence is its demonstrations."""
+    case, expected = [
+        (
+            dict(kind="regularised", alpha=0.8, demonstrations=7),
+            lambda *qkv: regularised_attention(*qkv, 0.8, torch.arange(12) < 7),
+        ),
+        (
+            dict(kind="negative", beta=0.8, k=30),  # longer sequences than this
+            lambda *qkv: negative_attention(*qkv, 0.8, 11),
+        ),
+        (
+            dict(kind="differential", lam=0.3),
+            lambda *qkv: differential_attention(*qkv, 0.3),
+        ),
+    ][number]
+    model = equip(tiny_model("gpt2"), **case)
     seen = {}
     block = model.transformer.h[0].attn
     block.c_attn.register_forward_hook(lambda m, i, out: seen.update(qkv=out))
@@ -432,8 +454,8 @@ def test_the_front_of_a_sequence_is_its_demonstrations():
     q, k, v = (
         x.unflatten(-1, (4, 8)).transpose(1, 2) for x in seen["qkv"].split(32, -1)
     )
-    expected = regularised_attention(q, k, v, 0.8, torch.arange(12) < 7)
-    torch.testing.assert_close(seen["out"], expected.transpose(1, 2).flatten(2))
+    wanted = expected(q, k, v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(seen["out"], wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -468,6 +490,8 @@ def test_learned_views_are_learned_and_not_lost():
     model(IDS, labels=IDS).loss.backward()
     parts = {n: p for n, p in model.named_parameters() if ".of_" in n}
     assert len(parts) == 3 * 2 * 2
+    drawn = [part for name, part in parts.items() if name.endswith("into")]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
     for name, part in parts.items():
         assert (part.grad.abs().max() > 0) == name.endswith("out")
     other = tiny_model("llama")
