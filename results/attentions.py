@@ -107,6 +107,7 @@ FEW = (*TWO, "convolution, learned")
 SOME = (*FEW, "momentum .9", "momentum, learned", "shift .5", "heavy ball .9")
 VARIANTS = ("regularised -.5", "negative .5, by scores", "augmented, in series")
 MAIN = tuple(arm for arm in CONTRAST if arm not in VARIANTS)
+NARROW = tuple(arm for arm in MAIN if arm not in ("softmax, wider", "differential .5"))
 MORE = 1.08  # steps that pay for the time which momentum costs, and some more
 
 
@@ -148,7 +149,7 @@ class Functions(NamedTuple):
     batch: int = 64
     steps: int = 1500
     seeds: int = 5
-    arms: tuple = MAIN
+    arms: tuple = NARROW
 
 
 class Recall(NamedTuple):
