@@ -5,7 +5,13 @@ import math
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from icl.attention.shared import check_heads, distances, repeated, softmax_attention
+from icl.attention.shared import (
+    check_heads,
+    distances,
+    repeated,
+    softmax_attention,
+    visible,
+)
 
 BLOCK = 128  # rows of scores that are held at a time
 
@@ -348,7 +354,8 @@ def _least_like(left, key, k, shown, mask):
         else:
             out = (place == place[start:end, None]) | ~shown[..., 0][:, :, None]
         if seen is not None:
-            out = out | ~seen[:, :, start:end]
+            who = seen[:, :, start:end] if shown is None else seen.any(2, keepdim=True)
+            out = out | ~who
         like, index = like.masked_fill_(out, torch.inf).topk(k, largest=False)
         indices.append(index)
         valid.append(like < torch.inf)
@@ -358,7 +365,7 @@ def _least_like(left, key, k, shown, mask):
 def _seen_by_all(mask, length):
     """What every token may look at, ``(B, 1, P + T, P + T)``: a mask has rows for the
     last T tokens, and those before them stood in causal rows."""
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    seen = visible(mask)
     start = length - mask.shape[2]
     rows = seen.any(2, keepdim=True).expand(-1, -1, start, -1)
     return torch.cat([rows, seen], 2)

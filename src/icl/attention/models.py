@@ -17,7 +17,7 @@ from icl.attention.contrastive import (
     regularised_attention,
 )
 from icl.attention.momentum import convolved, decayed_sum, heavy_ball_bias
-from icl.attention.shared import fine, softmax_attention
+from icl.attention.shared import fine, softmax_attention, visible
 from icl.heads import attention_modules
 
 #: What each kind of attention is told; None stands for what has no default.
@@ -60,9 +60,10 @@ def equip(model, kind, learned=False, layers=None, **options):
         options: by the names of the function that the kind has, such as ``eta`` for
             :func:`momentum_attention`; a convolution's ``reach``, J, and ``eta``,
             whose powers are its weights. ``demonstrations`` is a number here: so many
-            tokens at the front are demonstrations, and until a sequence has more,
-            attention is the model's own; 0, the default, is every token's reading of
-            all before it. An augmented attention is told ``hidden``, ``depth`` and
+            tokens at the front are demonstrations. They read each other by the model's
+            own attention, and what comes after reads them by this one, so that nothing
+            learns of a later token. 0, the default, is every token's reading of all
+            before it. An augmented attention is told ``hidden``, ``depth`` and
             ``residual`` of its two :class:`View` a layer, which all heads share and
             which are called ``of_key`` and ``of_value``, or ``matched=True`` to have
             :class:`Scale` instead.
@@ -267,14 +268,14 @@ def _contrast(module, query, key, value, mask, scaling=None, **options):
     if options.get("dropout"):
         raise ValueError(f"{kind} attention has no dropout: set attention's to 0")
     given = query, key, value
+    shown, reads_among = _in_front(front, query, key, mask)
     if kind == "differential":
         out = differential_attention(
             *given, settings["lam"], mask=mask, scaling=scaling * 2**0.5
         )
-    elif key.shape[2] <= max(front, 1):  # all in one part
+    elif key.shape[2] == 1 or (front and reads_among.all()):  # all in one part
         out = softmax_attention(*given, mask, scaling)
     else:
-        shown = torch.arange(key.shape[2], device=key.device) < front
         options = {"demonstrations": shown if front else None}
         options |= {"mask": mask, "scaling": scaling}
         if kind == "augmented":
@@ -290,7 +291,21 @@ def _contrast(module, query, key, value, mask, scaling=None, **options):
             out = negative_attention(*given, **settings, **options)
         else:
             out = regularised_attention(*given, **settings, **options)
+        if front and reads_among.any():
+            own = softmax_attention(*given, mask, scaling)
+            out = torch.where(reads_among[:, None, :, None], own, out)
     return out.transpose(1, 2), None
+
+
+def _in_front(front, query, key, mask):
+    """Which tokens are demonstrations, ``(B or 1, P + T)``, and which of those that
+    ask are, or are padding, ``(B or 1, T)``. Padding stands before a sequence."""
+    place = torch.arange(key.shape[2], device=key.device)[None]
+    begin = 0
+    if mask is not None:
+        begin = visible(mask).any(2)[:, 0].int().argmax(-1, keepdim=True)
+    early = place < begin + front
+    return early & (place >= begin), early[:, key.shape[2] - query.shape[2] :]
 
 
 for _kind in KINDS:

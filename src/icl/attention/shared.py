@@ -44,6 +44,11 @@ def softmax_attention(query, key, value, mask, scaling):
     )
 
 
+def visible(mask):
+    """A mask as booleans, True where a query may look."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
 def distances(mask, tokens, length, device):
     """How many tokens that a query sees come after each; -1 for what it does not.
 
@@ -52,8 +57,7 @@ def distances(mask, tokens, length, device):
     if mask is None:
         place = torch.arange(length, device=device)
         return (place[length - tokens :, None] - place).clamp(min=-1)[None, None]
-    if mask.dtype != torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min / 2
+    mask = visible(mask)
     after = mask.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) - 1
     row, column = (torch.arange(n, device=mask.device) for n in (tokens, length))
     last = torch.where(mask, column, -1).amax(-1)  # (B, 1, T)
