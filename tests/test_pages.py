@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -157,6 +158,14 @@ def test_the_same_runs_build_the_same_bytes(html, pages):
     again = digests(build_book("smoke", ROOT / "_build" / "smoke"))
     assert again.keys() == first.keys()
     assert not [name for name in first if again[name] != first[name]]
+
+
+def test_every_chapter_has_the_year(html, pages):
+    config = (ROOT / "_config.yml").read_text()
+    year = re.search(r'copyright: "(\d+)"', config)[1]
+    for name in chapters():
+        text = pages[html / "book" / f"{name}.html"].get_text()
+        assert re.findall(r"© Copyright (\d+)", text) == [year], name
 
 
 def test_a_page_for_wrong_addresses_leads_back(html):
