@@ -1,6 +1,6 @@
 """Contrastive attention in a language model: at inference, and finetuned.
 
-On 100 evaluation examples a task behind the paper's number of demonstrations.
+On 100 evaluation examples a task behind Dai et al.'s number of demonstrations.
 
 - ``contrast_inference``: the trained model's attention replaced. Demonstrations are
   the prompt's ("prompt"). On one task also with all tokens before a token as its

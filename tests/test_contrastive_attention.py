@@ -377,6 +377,13 @@ def equipped(family, **case):
     return changed(equip(tiny_model(family), **case)).requires_grad_(False)
 
 
+def test_a_batch_is_its_sequences():
+    model = equipped("gpt2", kind="negative", beta=0.7, k=3, demonstrations=6)
+    both = torch.cat([IDS, IDS.flip(1)])
+    alone = torch.cat([model(ids[None]).logits for ids in both])
+    torch.testing.assert_close(model(both).logits, alone, rtol=1e-4, atol=1e-4)
+
+
 MARKED = [case | {"demonstrations": 6} for case in CASES[:-1]]
 
 

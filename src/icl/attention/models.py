@@ -268,7 +268,7 @@ def _contrast(module, query, key, value, mask, scaling=None, **options):
     if options.get("dropout"):
         raise ValueError(f"{kind} attention has no dropout: set attention's to 0")
     given = query, key, value
-    shown, reads_among = _in_front(front, query, key, mask)
+    shown, reads_among = _in_front(front, query, key, mask) if front else (None, None)
     if kind == "differential":
         out = differential_attention(
             *given, settings["lam"], mask=mask, scaling=scaling * 2**0.5
@@ -276,8 +276,7 @@ def _contrast(module, query, key, value, mask, scaling=None, **options):
     elif key.shape[2] == 1 or (front and reads_among.all()):  # all in one part
         out = softmax_attention(*given, mask, scaling)
     else:
-        options = {"demonstrations": shown if front else None}
-        options |= {"mask": mask, "scaling": scaling}
+        options = {"demonstrations": shown, "mask": mask, "scaling": scaling}
         if kind == "augmented":
             if not hasattr(module, "of_key"):
                 raise ValueError(
@@ -298,9 +297,9 @@ def _contrast(module, query, key, value, mask, scaling=None, **options):
 
 
 def _in_front(front, query, key, mask):
-    """Which tokens are demonstrations, ``(B or 1, P + T)``, and which of those that
-    ask are, or are padding, ``(B or 1, T)``. Padding stands before a sequence."""
-    place = torch.arange(key.shape[2], device=key.device)[None]
+    """Which tokens are demonstrations, ``(B, P + T)``, and which of those that ask
+    are, or are padding, ``(B, T)``. Padding stands before a sequence."""
+    place = torch.arange(key.shape[2], device=key.device).expand(len(key), -1)
     begin = 0
     if mask is not None:
         begin = visible(mask).any(2)[:, 0].int().argmax(-1, keepdim=True)
