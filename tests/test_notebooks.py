@@ -72,7 +72,7 @@ def test_style_limits(book):
     sizes = [sum(bool(x.strip()) for x in c.source.splitlines()) for c in code(book)]
     assert statistics.median(sizes) <= 8
     assert statistics.quantiles(sizes, n=10)[-1] <= 25
-    assert 30 <= len(book.cells) <= 70
+    assert 30 <= len(book.cells) <= 72
     words = len(prose(book).split()) / sum(sizes)
     assert 4.5 <= words <= 9.5, f"{words:.1f} words a line of code"
     for cell in code(book):
@@ -99,6 +99,15 @@ def test_exercises_say_how_hard_and_fold_hint_and_solution(book):
         part = text.partition(f":label: {label}\n")[2].partition("{exercise-end}")[0]
         assert re.match(r"```\n\*(Easy|Medium|Hard), \d+ minutes\.\*", part), label
         assert "```{dropdown} Hint" in part, f"{label} has no hint"
+
+
+def test_a_reader_can_test_an_answer_and_the_solution_passes(book):
+    text, cells = prose(book), "\n".join(c.source for c in code(book))
+    made = re.findall(r"^def (test_\w+)\(", cells, re.M)
+    assert made, "no exercise has a test"
+    for name in made:
+        assert re.search(rf"^{name}\(", cells, re.M), f"no solution calls {name}"
+    assert "```{margin}" in text
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)

@@ -163,6 +163,18 @@ def test_a_killed_run_leaves_nothing_half_written(repository):
     assert len(ran(repository)) == 2
 
 
+def test_an_old_picture_of_verdicts_is_named(repository, tmp_path, capsys):
+    (tmp_path / "book").mkdir(exist_ok=True)
+    (tmp_path / "book" / "verdicts.svg").write_text("<svg>old</svg>")
+    new = tmp_path / "verdicts.svg"
+    for content, said in [("<svg>old</svg>", ""), ("<svg>new</svg>", str(new))]:
+        new.write_text(content)
+        runner._compare_picture(new)
+        printed = capsys.readouterr().out
+        assert said in printed
+        assert bool(said) == bool(printed)
+
+
 def test_command_line_refuses_before_any_kernel(repository, capsys):
     assert runner.main(["book", "--scale", "galactic"]) == 1
     assert (

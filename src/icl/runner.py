@@ -315,7 +315,15 @@ def build_book(scale: str, folder: Path) -> Path:
     shutil.rmtree(html, ignore_errors=True)
     shutil.move(folder / "_build" / "html", html)
     say(f"{time.perf_counter() - start:.0f} s")
+    if scale == "laptop":
+        _compare_picture(source / "book" / "verdicts.svg")
     return html
+
+
+def _compare_picture(new):
+    """Say so where the README shows other verdicts than those of this build."""
+    if new.read_bytes() != (ROOT / "book" / new.name).read_bytes():
+        say(f"the README's picture has other verdicts: cp {new} book/")
 
 
 def prepare():
