@@ -43,18 +43,46 @@ def load_model(name=DEFAULT, device="auto", dtype=None):
     carries is ever run.
     """
     device = _device(device)
+    dtype = _dtype(dtype, device)
+    pair = _warm.pop((str(name), dtype), None) or _read(name, dtype)
+    model = pair[0].to(device).eval().requires_grad_(False)
+    use_onednn(model)
+    return model, pair[1]
+
+
+_warm = {}
+
+
+def keep_warm(name=DEFAULT, dtype=None):
+    """Read a model now, to the CPU, for the next :func:`load_model` of this process.
+
+    Or of one that is forked from it, which then shares its memory until it writes. The
+    one after that reads its own: what a run does to a model, no other run sees.
+
+    Args:
+        name, dtype: as for :func:`load_model`, with its ``device="auto"``.
+
+    Raises:
+        ValueError, AssetError: as :func:`load_model`.
+    """
+    dtype = _dtype(dtype, _device("auto"))
+    _warm[str(name), dtype] = _read(name, dtype)
+
+
+def _dtype(dtype, device):
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype {dtype!r} is not a floating-point torch.dtype")
-    where = built_in(name) if name == DEFAULT else name
-    if Path(where).exists():
-        model, tokenizer = _from_folder(Path(where), dtype)
-    else:
-        model, tokenizer = _from_hub(str(name), dtype)
-    model = model.to(device).eval().requires_grad_(False)
-    use_onednn(model)
-    return model, tokenizer
+    return dtype
+
+
+def _read(name, dtype):
+    where = Path(built_in(name) if name == DEFAULT else name)
+    with torch.random.fork_rng(devices=[]):  # a run draws the same, warm or not
+        if where.exists():
+            return _from_folder(where, dtype)
+        return _from_hub(str(name), dtype)
 
 
 class _Product(torch.autograd.Function):
