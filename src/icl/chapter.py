@@ -14,10 +14,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import HTML
+from IPython.display import HTML, display
 from myst_nb import glue
 
-from icl.results import commit
+from icl.results import RESULT, commit
 
 #: How much is run, from seconds (tests) and a minute (reading) to the whole protocol.
 SCALES = ("smoke", "laptop", "paper")
@@ -165,6 +165,35 @@ def finding(
     _findings.append(row)
     glue(statement, row, display=False)
     return row["verdict"]
+
+
+def result(**values) -> None:
+    """Enter numbers of this page into its row of a sweep's table (icl.sweep).
+
+    Args:
+        values: by the name of their column: numbers, words, ``True``, ``False``,
+            ``None``, or lists of these. One that is not finite is entered as missing.
+
+    Raises:
+        ValueError: some other value.
+    """
+    entered = {name: _entry(name, value) for name, value in values.items()}
+    shown = "\n".join(f"{name} = {value}" for name, value in entered.items())
+    display({RESULT: entered, "text/plain": shown}, raw=True)
+
+
+def _entry(name, value):
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_entry(name, part) for part in value]
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise ValueError(
+        f"{name} = {value!r} is no entry: give a number, a word, or a list of them"
+    )
 
 
 def findings() -> pd.DataFrame:

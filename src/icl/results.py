@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import uuid
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMAT = 1  # of the tables; raised when a column changes its meaning
+#: The type of a notebook's output that holds what it enters into a sweep's table.
+RESULT = "application/vnd.icl.result+json"
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 
 
@@ -50,6 +53,28 @@ def read_table(name: str) -> tuple[pd.DataFrame, dict]:
             )
     text = {"predictions": str, "calibrated": str}
     return pd.read_csv(path, dtype=text), origin
+
+
+def read_sweep(folder) -> pd.DataFrame:
+    """What a sweep has gathered (icl.sweep): a row for each finished run.
+
+    Args:
+        folder: of the sweep, or the name of its grid file, without ``.yaml``, for the
+            folder that it has where none is given.
+
+    Returns:
+        columns: the parameters, what the notebook entered by
+        :func:`icl.chapter.result`, then ``seconds, peak_gb, key`` and versions.
+
+    Raises:
+        ValueError: nothing has been gathered there.
+    """
+    path = Path(folder) / "results.parquet"
+    if not path.is_file():
+        path = ROOT / "_build" / "sweeps" / folder / "results.parquet"
+    if not path.is_file():
+        raise ValueError(f"no sweep {str(folder)!r}: neither it nor {path} is there")
+    return pd.read_parquet(path)
 
 
 def add_rows(name: str, rows: list[dict], key: list[str], part: str, facts: dict):
@@ -128,11 +153,25 @@ def write_table(name: str, rows, about: dict) -> Path:
     return path
 
 
-def write_atomically(path: Path, text: str):
-    """Write a text file so that a reader sees the old or the new one, whole."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+def write_atomically(path: Path, content: str | bytes):
+    """Write a file so that a reader sees the old or the new one, whole.
+
+    It is on the disk before it has its name, so that this holds after a power cut too.
+
+    Raises:
+        OSError: it cannot be written; the old one is as it was.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def provenance(**facts) -> dict:

@@ -33,6 +33,14 @@ from icl.scoreboard import findings_of, picture, read_claims, scoreboard
 BUILD = ROOT / "_build"
 TIMEOUT = 3600  # seconds a chapter may take
 EPOCH = "1767225600"  # the year 2026, for all dates that a build would write
+#: What a kernel is told, so that a run depends on no setting of its machine.
+QUIET = {
+    "SOURCE_DATE_EPOCH": EPOCH,
+    "PYTHONHASHSEED": "0",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    "JUPYTER_PLATFORM_DIRS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 
 class ChapterError(RuntimeError):
@@ -59,13 +67,24 @@ class Parameter:
         Raises:
             ValueError: wrong type, or outside what is allowed.
         """
-        kind = type(self.default)
         try:
-            value = text if kind is str else yaml.safe_load(text)
-            if kind is float and not isinstance(value, bool):
-                value = float(value)  # YAML takes 1e-3 for a word and 1 for an int
-        except (TypeError, ValueError, yaml.YAMLError):
+            value = text if type(self.default) is str else yaml.safe_load(text)
+        except yaml.YAMLError:
             value = None
+        return self.check(value, text)
+
+    def check(self, value, text=None):
+        """A value that YAML has read from ``text``, of the parameter's type, checked.
+
+        Raises:
+            ValueError: wrong type, or outside what is allowed.
+        """
+        kind, text = type(self.default), value if text is None else text
+        if kind is float and not isinstance(value, bool):
+            try:
+                value = float(value)  # YAML takes 1e-3 for a word and 1 for an int
+            except (TypeError, ValueError):
+                value = None
         if type(value) is not kind:
             raise ValueError(
                 f"{self.name}={text} is not of type {kind.__name__} "
@@ -240,19 +259,12 @@ def _papermill(source, target, parameters, log):
     if parameters:
         command += ["--parameters_yaml", yaml.safe_dump(parameters)]
     bar = "--progress-bar" if sys.stderr.isatty() else "--no-progress-bar"
-    environment = os.environ | {
-        "SOURCE_DATE_EPOCH": EPOCH,
-        "PYTHONHASHSEED": "0",
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        "JUPYTER_PLATFORM_DIRS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
     # In a terminal the bar is papermill's own; its log is read from the file.
     with open(log, "w") as output:
         streams = {"stdout": output, "stderr": output}
         if sys.stderr.isatty():
             streams["stderr"] = None
-        run = subprocess.Popen([*command, bar], env=environment, **streams)
+        run = subprocess.Popen([*command, bar], env=os.environ | QUIET, **streams)
         try:
             _, status, usage = os.wait4(run.pid, 0)
         except BaseException:
