@@ -1,0 +1,687 @@
+"""Run a notebook over a grid of parameters, on the cores of a machine or on a cluster.
+
+``python -m icl.sweep GRID.yaml`` expands the grid to papermill runs on Dask
+distributed: a cluster of this machine's cores or graphics cards, or any scheduler
+(``--scheduler tcp://HOST:PORT``, ``--scheduler-file FILE``). A finished run is an
+executed notebook and a row, under a key of all that the run depends on; it is never
+made again. So a sweep that was stopped, by whatever, goes on with the same command.
+Failed runs are listed, and made again by ``--retry-failed`` alone.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import yaml
+from filelock import FileLock
+
+from icl.results import PACKAGES, RESULT, ROOT, write_atomically
+from icl.runner import (
+    QUIET,
+    ChapterError,
+    chapter_path,
+    chapters,
+    read_parameters,
+    say,
+)
+from icl.scoreboard import findings_of
+from icl.warm import Warm, modules_of
+
+RETRIES = 2  # of a run whose kernel did not start; Dask's own
+LIMIT = 24 * 3600  # seconds that a run may take
+
+
+class SweepError(RuntimeError):
+    """A sweep that cannot begin, or cannot go on."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a grid.
+
+    Attributes:
+        parameters: all of the notebook's, by name.
+        key: a hash of all that the run depends on.
+        files: its files without their endings, ``FOLDER/runs/NOTEBOOK-KEY``.
+        label: the parameters that the grid varies, in words.
+    """
+
+    parameters: dict
+    key: str
+    files: str
+    label: str
+
+    def path(self, ending: str) -> Path:
+        """One of its files: ``.json``, ``.ipynb``, and ``.failed`` before these."""
+        return Path(self.files + ending)
+
+
+# -- the grid ------------------------------------------------------------------
+
+
+def read_grid(path: Path) -> dict:
+    """A grid file, checked: ``notebook, runs, varied, threads, limit``.
+
+    ``runs`` are the parameters of each run, all of the notebook's; ``varied`` the names
+    of those that differ. CONTRIBUTING.md and the files in ``sweeps/`` show the form.
+
+    Raises:
+        SweepError: no such file or notebook, a parameter or value that the notebook
+            does not take, or a grid without a run.
+    """
+    try:
+        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise SweepError(f"{path} cannot be read: {error}") from None
+    known = {"chapter", "notebook", "threads", "limit", "fixed", "vary", "exclude"}
+    if not isinstance(grid, dict) or grid.keys() - known:
+        strange = ", ".join(map(str, grid)) if isinstance(grid, dict) else repr(grid)
+        raise SweepError(f"{path} has {strange}; a grid has {', '.join(sorted(known))}")
+    if ("chapter" in grid) == ("notebook" in grid):
+        raise SweepError(f"{path} needs a chapter or a notebook, one of them")
+    if "chapter" in grid and grid["chapter"] not in chapters():
+        there = ", ".join(chapters())
+        raise SweepError(f"{path}: no chapter {grid['chapter']!r}; there are {there}")
+    source = path.parent / grid.get("notebook", "")
+    source = chapter_path(grid["chapter"]) if "chapter" in grid else source
+    if not source.is_file():
+        raise SweepError(f"{path}: no notebook {source}")
+    try:
+        known = read_parameters(nbformat.read(source, as_version=4))
+    except ChapterError as error:
+        raise SweepError(f"{source}: {error}") from None
+    blocks = grid.get("vary") or {}
+    blocks = blocks if isinstance(blocks, list) else [blocks]
+    fixed, excluded = grid.get("fixed") or {}, grid.get("exclude") or []
+    for part in [fixed, *blocks, *excluded]:
+        if not isinstance(part, dict):
+            raise SweepError(f"{path}: {part!r} is not a list of parameters")
+    out = [_lists(known, part, path) for part in excluded]
+    runs, varied = [], {}
+    for block in blocks:
+        lists = _lists(known, fixed | block, path)
+        for values in itertools.product(*lists.values()):
+            run = {name: p.default for name, p in known.items()}
+            run |= dict(zip(lists, values, strict=True))
+            if run not in runs[-1:] and not any(
+                all(run[name] in some for name, some in rule.items()) for rule in out
+            ):
+                runs.append(run)
+    runs = list({json.dumps(run): run for run in runs}.values())
+    if not runs:
+        raise SweepError(f"{path}: the grid is empty; nothing is left to run")
+    varied = [n for n in known if len({json.dumps(run[n]) for run in runs}) > 1]
+    threads, limit = grid.get("threads", 1), grid.get("limit", LIMIT)
+    if not (isinstance(threads, int) and threads > 0 and limit > 0):
+        raise SweepError(
+            f"{path}: threads is a whole number, limit are seconds, above 0"
+        )
+    return {
+        "notebook": source,
+        "runs": runs,
+        "varied": varied,
+        "threads": threads,
+        "limit": limit,
+    }
+
+
+def _lists(known, part, path):
+    """The values of each parameter as a list, checked against the notebook's cell."""
+    lists = {}
+    for name, values in part.items():
+        if name not in known:
+            there = ", ".join(known)
+            raise SweepError(f"{path}: no parameter {name!r}; there are {there}")
+        whole = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", str(values))
+        if whole and type(known[name].default) is int:
+            values = list(range(int(whole[1]), int(whole[2]) + 1))
+        one = not isinstance(values, list)
+        if one or (values and type(known[name].default) is list is not type(values[0])):
+            values = [values]
+        try:
+            lists[name] = [known[name].check(value) for value in values]
+        except ValueError as error:
+            raise SweepError(f"{path}: {error}") from None
+    return lists
+
+
+# -- what a run depends on -------------------------------------------------------
+
+
+def package_digest() -> str:
+    """A hash of the package's source, and of the versions below it."""
+    digest = hashlib.sha256(f"{sys.version_info[:2]}".encode())
+    digest.update("".join(version(package) for package in PACKAGES).encode())
+    folder = Path(__file__).parent
+    for path in sorted([*folder.rglob("*.py"), *folder.glob("*.mplstyle")]):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+PACKAGE = package_digest()  # of the code that this process runs
+
+
+def model_digest(name: str) -> str:
+    """A hash of a model's files; of the name alone where no file or folder has it."""
+    path = Path(name)
+    files = (
+        [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file())
+    )
+    marks = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
+    return _files_digest(marks) if path.exists() else name
+
+
+def data_digest(notebook) -> str:
+    """A hash of what is in ``ICL_DATA``, and of ``results/`` if a cell reads tables."""
+    paths = []
+    if os.environ.get("ICL_DATA"):
+        paths += Path(os.environ["ICL_DATA"]).expanduser().glob("*/*.jsonl")
+    if any("read_table" in c.source for c in notebook.cells if c.cell_type == "code"):
+        paths += (ROOT / "results").glob("*.[cj]s*")
+    marks = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(paths)]
+    return _files_digest(tuple(marks))
+
+
+@lru_cache(64)
+def _files_digest(marks):
+    digest = hashlib.sha256()
+    for name, *_ in marks:
+        digest.update(Path(name).name.encode() + b"\0")
+        with open(name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def plan(grid: dict, folder: Path) -> list[Run]:
+    """The runs of a grid from :func:`read_grid`, with the keys of their results."""
+    notebook = nbformat.read(grid["notebook"], as_version=4)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    shared = [code, PACKAGE, data_digest(notebook), grid["threads"]]
+    shared = hashlib.sha256(json.dumps(shared).encode()).hexdigest()
+    models = {run.get("model") for run in grid["runs"]}
+    models = {name: model_digest(name) if name else "" for name in models}
+    runs, names = [], grid["varied"] or list(grid["runs"][0])
+    for run in grid["runs"]:
+        text = json.dumps([shared, models[run.get("model")], run], sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        label = " ".join(f"{name}={run[name]}" for name in names)
+        files = folder / "runs" / f"{grid['notebook'].stem}-{key}"
+        runs.append(Run(run, key, str(files), label))
+    return runs
+
+
+# -- what is there -----------------------------------------------------------------
+
+
+def read_record(path: Path) -> dict | None:
+    """What a run has left, ``None`` if nothing.
+
+    Raises:
+        ValueError: the file is not what was written.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+        if record.pop("sha256") != _seal(record):
+            raise ValueError
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{path} is not what was written") from None
+    return record
+
+
+def _seal(record):
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _write_record(path, record):
+    sealed = {"sha256": _seal(record), **record}
+    write_atomically(path, json.dumps(sealed, indent=1) + "\n")
+
+
+def state(run: Run) -> tuple[str, dict]:
+    """``(state, record)``: "finished", "failed", "corrupt" or "missing"."""
+    try:
+        record = read_record(run.path(".json"))
+        if record and run.path(".ipynb").stat().st_size == record["notebook_bytes"]:
+            return "finished", record
+        failed = None if record else read_record(run.path(".failed.json"))
+        return (
+            ("failed", failed) if failed else ("corrupt" if record else "missing", {})
+        )
+    except (ValueError, OSError):
+        return "corrupt", {}
+
+
+def gather(runs: list[Run], folder: Path) -> pd.DataFrame:
+    """The rows of the finished runs, as a table and in ``FOLDER/results.parquet``."""
+    rows = []
+    for run in runs:
+        found, record = state(run)
+        if found == "finished":
+            facts = {name: record[name] for name in ("seconds", "peak_gb", "key")}
+            rows.append(
+                {**record["parameters"], **record["values"], **facts, **record["made"]}
+            )
+    table = pd.DataFrame(rows)
+    if rows:
+        write_atomically(folder / "results.parquet", table.to_parquet(index=False))
+    return table
+
+
+# -- one run, on a worker -------------------------------------------------------------
+
+_held = None  # the worker's warm process
+
+
+def perform(run: Run, source: str, threads: int, limit: float, package: str) -> dict:
+    """Make one run, unless its result is there by now; a task of Dask's.
+
+    Args:
+        run: from :func:`plan`.
+        source: path of the notebook.
+        threads: that its kernel computes with.
+        limit: seconds after which it is stopped.
+        package: the sweep's :func:`package_digest`.
+
+    Returns:
+        ``{"state": "finished" | "failed", ...}``, or "unwritable", with the ``error``.
+
+    Raises:
+        SweepError: this worker has another version of the package.
+        RuntimeError: no kernel could be started; another try may do.
+    """
+    if package != PACKAGE:
+        raise SweepError(f"a worker on {platform.node()} has another version of icl")
+    try:
+        Path(run.files).parent.mkdir(parents=True, exist_ok=True)
+        files = Path(run.files)
+        with FileLock(files.with_name(f".{files.name}.lock")):
+            found, _ = state(run)
+            if found == "finished":
+                return {"state": found}
+            return _execute(run, source, threads, limit)
+    except OSError as error:
+        return {"state": "unwritable", "error": f"{type(error).__name__}: {error}"}
+
+
+def _execute(run, source, threads, limit):
+    import papermill  # a second; a client needs it not
+    from nbclient.exceptions import DeadKernelError
+
+    notebook, error = nbformat.read(source, as_version=4), None
+    warm = _warm(modules_of(notebook), run.parameters.get("model"), threads)
+    seen = {"cell": None}
+    with tempfile.TemporaryDirectory(prefix="icl-") as scratch:
+        manager = warm.manager(scratch)
+        timer = threading.Timer(limit, manager.kill)
+        timer.start()
+        start = time.perf_counter()
+        try:
+            papermill.execute_notebook(
+                source,
+                f"{scratch}/run.ipynb",
+                run.parameters,
+                kernel_name="python3",
+                cwd=ROOT,
+                progress_bar=False,
+                request_save_on_cell_execute=False,
+                kernel_manager_class=manager,
+                on_notebook_start=lambda notebook: seen.update(notebook=notebook),
+                on_cell_start=lambda cell, cell_index: seen.update(cell=cell),
+            )
+        except papermill.PapermillExecutionError as problem:
+            where = f"In [{problem.exec_count}]"
+            error = f"{where} failed with {problem.ename}: {problem.evalue}"
+        except DeadKernelError:
+            late = time.perf_counter() - start >= limit
+            why = f"was stopped after {limit} s" if late else "ended its kernel"
+            first = (seen["cell"] or {}).get("source", "").strip().split("\n")[0]
+            error = f"the cell {first!r} {why}. {'' if late else warm.said()}".strip()
+        finally:
+            timer.cancel()
+        seconds = time.perf_counter() - start
+        done = seen["notebook"]
+        executed = nbformat.writes(done) + "\n"
+    try:
+        values = _values(done, run.parameters) if error is None else {}
+    except ValueError as problem:
+        error, values = str(problem), {}
+    facts = {"key": run.key, "parameters": run.parameters, "error": error}
+    if error is not None:
+        write_atomically(run.path(".failed.ipynb"), executed)
+        _write_record(run.path(".failed.json"), facts)
+        return {"state": "failed", "error": error}
+    facts |= {
+        "values": values,
+        "seconds": round(seconds, 2),
+        "peak_gb": round(manager.peak() / 2**30, 3),
+        "made": {
+            "package": PACKAGE,
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+            "machine": f"{platform.machine()}, {threads} threads",
+        },
+        "notebook_bytes": len(executed.encode()),
+    }
+    write_atomically(run.path(".ipynb"), executed)
+    _write_record(run.path(".json"), facts)  # last: now it is finished
+    for ending in (".failed.json", ".failed.ipynb"):
+        run.path(ending).unlink(missing_ok=True)
+    return {"state": "finished", "seconds": facts["seconds"]}
+
+
+def _warm(modules, model, threads):
+    global _held
+    if _held is None or _held.about != [modules, model, threads, QUIET]:
+        if _held is not None:
+            _held.close()
+        _held = Warm(modules, model, threads, QUIET)
+    return _held
+
+
+def _values(notebook, parameters):
+    """The columns that a notebook has entered; else its findings."""
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
+    values = {}
+    for output in outputs:
+        values |= output.get("data", {}).get(RESULT, {})
+    for row in [] if values else findings_of(notebook):
+        name = row["statement"]
+        values[name] = row["verdict"]
+        values |= {f"{name}, {s}": row[s] for s in ("mean", "low", "high") if s in row}
+    if both := values.keys() & {*parameters, "seconds", "peak_gb", "key"}:
+        raise ValueError(f"{', '.join(both)} is entered, and the row has one already")
+    return values
+
+
+# -- the sweep -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def connect(scheduler=None, scheduler_file=None, workers=None, threads=1, timeout=30):
+    """A Dask client: of the given scheduler, else of a cluster on this machine.
+
+    Args:
+        scheduler: its address.
+        scheduler_file: a file that it has written, with its address.
+        workers: how many on this machine; left out, one for each graphics card, or for
+            each ``threads`` cores.
+        threads: that a run computes with.
+        timeout: seconds that the scheduler has to answer.
+
+    Raises:
+        SweepError: it does not.
+    """
+    from dask.system import CPU_COUNT
+    from distributed import Client, Nanny, Scheduler, SpecCluster
+
+    if scheduler_file is not None:
+        try:
+            scheduler = json.loads(Path(scheduler_file).read_text())["address"]
+        except (OSError, ValueError, KeyError) as error:
+            raise SweepError(f"{scheduler_file} names no scheduler: {error}") from None
+    with contextlib.ExitStack() as stack:
+        if scheduler is None:
+            cards = _cards()
+            options = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1"}
+            options["silence_logs"] = logging.WARNING
+            spec = {}
+            for n in range(workers or len(cards) or max(1, CPU_COUNT // threads)):
+                card = {"CUDA_VISIBLE_DEVICES": cards[n % len(cards)]} if cards else {}
+                spec[n] = {"cls": Nanny, "options": {**options, "env": card}}
+            listens = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+            cluster = SpecCluster(
+                spec,
+                {"cls": Scheduler, "options": listens},
+                silence_logs=logging.WARNING,
+            )
+            scheduler = stack.enter_context(cluster)
+        try:
+            client = Client(scheduler, timeout=timeout)
+        except (OSError, TimeoutError, ValueError) as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SweepError(
+                f"no Dask scheduler answers at {scheduler} within {timeout} s ({why})"
+            ) from None
+        yield stack.enter_context(client)
+
+
+def _cards():
+    """What ``CUDA_VISIBLE_DEVICES`` calls the graphics cards that may be used."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    lines = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return [str(n) for n in range(len(re.findall(r"(?m)^GPU \d", lines)))]
+
+
+def check_workers(client, source: Path, runs: list[Run], timeout=30):
+    """Compare every worker with this process, before the first run.
+
+    Args:
+        client: from :func:`connect`.
+        source: the notebook, in the folder of the results.
+        runs: what is to be run.
+        timeout: seconds to wait for the first worker.
+
+    Raises:
+        SweepError: there is none, or one has another version of the package, other data
+            or models, several threads, or does not reach the folder; each is named.
+    """
+    try:
+        client.wait_for_workers(1, timeout=timeout)
+    except TimeoutError:
+        raise SweepError(f"the scheduler has no worker after {timeout} s") from None
+    models = sorted({run.parameters.get("model") or "" for run in runs})
+    wanted, problems = _about(str(source), models), []
+    found = client.run(_about, str(source), models, on_error="return")
+    for address, about in found.items():
+        if isinstance(about, BaseException):
+            problems.append(f"{address}: {about or type(about).__name__}")
+            continue
+        differs = [f"{k} ({about[k]}, here {wanted[k]})" for k in wanted]
+        differs = [
+            s for s, k in zip(differs, wanted, strict=True) if about[k] != wanted[k]
+        ]
+        problems += [f"{address}: another {', '.join(differs)}"] if differs else []
+    if problems:
+        raise SweepError("workers that cannot take part:\n  " + "\n  ".join(problems))
+
+
+def _about(source, models, dask_worker=None):
+    """What must be the same on each worker as where the sweep is started."""
+    there = os.access(source, os.R_OK) and os.access(Path(source).parent, os.W_OK)
+    notebook = (
+        nbformat.read(source, as_version=4) if there else nbformat.v4.new_notebook()
+    )
+    return {
+        "version of the package": PACKAGE,
+        "view of the results' folder": "writable" if there else "not there",
+        "text": data_digest(notebook),
+        "model": [model_digest(name) if name else "" for name in models],
+        "number of threads (--nthreads)": dask_worker.state.nthreads
+        if dask_worker
+        else 1,
+    }
+
+
+def sweep(grid: dict, folder: Path, retry_failed=False, timeout=30, **options) -> bool:
+    """Make the runs of a grid that are not made yet, and gather their rows.
+
+    Args:
+        grid: from :func:`read_grid`.
+        folder: of the results.
+        retry_failed: make those again that failed, too.
+        timeout, options: as for :func:`connect`.
+
+    Returns:
+        whether all runs are finished.
+
+    Raises:
+        SweepError: it cannot begin or go on; the same call goes on where it stopped.
+    """
+    try:
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        source = folder / f"{_seal(grid['notebook'].read_text())[:16]}.ipynb"
+        write_atomically(source, grid["notebook"].read_bytes())
+    except OSError as error:
+        raise SweepError(f"{folder} cannot be written to: {error}") from None
+    runs = plan(grid, folder)
+    states = [state(run)[0] for run in runs]
+    say(f"{len(runs)} runs: {_words(states)}; in {folder}")
+    for run, found in zip(runs, states, strict=True):
+        if found == "corrupt":
+            say(f"{run.path('.json')} is not what was written: {run.label} runs again")
+    again = {"missing", "corrupt"} | ({"failed"} if retry_failed else set())
+    todo = [run for run, found in zip(runs, states, strict=True) if found in again]
+    facts = {"source": str(source), "threads": grid["threads"], "limit": grid["limit"]}
+    try:
+        while todo:
+            with connect(threads=grid["threads"], timeout=timeout, **options) as client:
+                check_workers(client, source, todo, timeout)
+                say(f"{client.scheduler.address}, dashboard {client.dashboard_link}")
+                todo = _carry_out(client, todo, facts | {"package": PACKAGE})
+            if todo:
+                say("the scheduler has gone; waiting for it to come back")
+    finally:
+        gather(runs, folder)
+    failed = [(run, *state(run)) for run in runs]
+    failed = [(run, record) for run, found, record in failed if found == "failed"]
+    for run, record in failed:
+        say(f"failed: {run.label}: {record['error']} ({run.path('.failed.ipynb')})")
+    if failed:
+        say(f"{len(failed)} failed; --retry-failed makes them again")
+    return not failed
+
+
+def _carry_out(client, todo, facts):
+    """Make runs; those are returned whose scheduler went away."""
+    from distributed import KilledWorker, as_completed
+
+    start, count, lost = time.perf_counter(), Counter(), []
+    names = [f"run-{start}-{n:06}" for n in range(len(todo))]
+    futures = client.map(perform, todo, key=names, retries=RETRIES, **facts)
+    waiting = dict(zip(futures, todo, strict=True))
+    for future in as_completed(futures):
+        run = waiting.pop(future)
+        try:
+            outcome = future.result()
+        except CancelledError:
+            lost.append(run)
+            continue
+        except (KilledWorker, RuntimeError) as error:
+            if isinstance(error, SweepError):
+                raise
+            outcome = {"state": "failed", "error": str(error).splitlines()[0]}
+            record = {"key": run.key, "parameters": run.parameters, **outcome}
+            _write_record(run.path(".failed.json"), record)
+        if outcome["state"] == "unwritable":
+            raise SweepError(
+                f"a result cannot be written: {outcome['error']}. Make room, and give "
+                "the same command: what is finished stays"
+            )
+        count[outcome["state"]] += 1
+        future.release()
+        if sys.stdout.isatty():
+            took = time.perf_counter() - start
+            left = took / count.total() * len(waiting)
+            say(f"\r{_words(count)}; {_time(took)}, {_time(left)} left   ", end="")
+    if sys.stdout.isatty():
+        say("")
+    return lost
+
+
+def _words(states):
+    counted = Counter(states)
+    return ", ".join(f"{n} {name}" for name, n in counted.items()) or "none"
+
+
+def _time(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def preview(grid: dict, folder: Path, workers: int):
+    """Print the runs of a grid and how long they will take, from earlier ones.
+
+    A run is expected to take as long as those earlier that have most parameters in
+    common with it.
+    """
+    runs, past, total = plan(grid, folder), [], 0.0
+    for path in sorted((folder / "runs").glob("*.json")):
+        with contextlib.suppress(ValueError, KeyError):
+            record = read_record(path)
+            past.append((record["parameters"].items(), record["seconds"]))
+    for run in runs:
+        found, expected = state(run)[0], ""
+        if found != "finished" and past:
+            alike = [
+                sum(p in run.parameters.items() for p in known) for known, _ in past
+            ]
+            near = [s for n, (_, s) in zip(alike, past, strict=True) if n == max(alike)]
+            total += sum(near) / len(near)
+            expected = f", about {sum(near) / len(near):.0f} s"
+        say(f"{found}: {run.label}{expected}")
+    say(f"{len(runs)} runs: {_words(state(run)[0] for run in runs)}")
+    if past:
+        say(f"about {_time(total / workers)} by {workers} workers")
+
+
+def main(arguments=None) -> int:
+    """The command line; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m icl.sweep", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("grid", type=Path, help="as those in sweeps/")
+    parser.add_argument("--to", type=Path, help="folder; _build/sweeps/GRID else")
+    parser.add_argument("--scheduler", help="tcp://HOST:PORT")
+    parser.add_argument("--scheduler-file", type=Path)
+    parser.add_argument("--workers", type=int, help="on this machine")
+    parser.add_argument(
+        "--timeout", type=float, default=30, help="for the scheduler, s"
+    )
+    parser.add_argument("--retry-failed", action="store_true")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan")
+    options = vars(parser.parse_args(arguments))
+    path, dry = options.pop("grid"), options.pop("dry_run")
+    folder = options.pop("to") or ROOT / "_build" / "sweeps" / path.stem
+    try:
+        grid = read_grid(path)
+        if dry:
+            preview(grid, folder.resolve(), options["workers"] or os.cpu_count())
+            return 0
+        return 0 if sweep(grid, folder.resolve(), **options) else 1
+    except SweepError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    from icl import sweep as module  # workers take functions by their module's name
+
+    sys.exit(module.main())
