@@ -117,15 +117,14 @@ def read_grid(path: Path) -> dict:
         if not isinstance(part, dict):
             raise SweepError(f"{path}: {part!r} is not a list of parameters")
     out = [_lists(known, part, path) for part in excluded]
-    runs, varied = [], {}
+    _lists(known, fixed, path)
+    runs = []
     for block in blocks:
         lists = _lists(known, fixed | block, path)
         for values in itertools.product(*lists.values()):
             run = {name: p.default for name, p in known.items()}
             run |= dict(zip(lists, values, strict=True))
-            if run not in runs[-1:] and not any(
-                all(run[name] in some for name, some in rule.items()) for rule in out
-            ):
+            if not any(all(run[n] in some for n, some in rule.items()) for rule in out):
                 runs.append(run)
     runs = list({json.dumps(run): run for run in runs}.values())
     if not runs:
@@ -330,7 +329,8 @@ def _execute(run, source, threads, limit):
     from nbclient.exceptions import DeadKernelError
 
     notebook, error = nbformat.read(source, as_version=4), None
-    warm = _warm(modules_of(notebook), run.parameters.get("model"), threads)
+    about = [modules_of(notebook), run.parameters.get("model") or None, threads]
+    warm = _warm([*about, QUIET], limit)
     seen = {"cell": None}
     with tempfile.TemporaryDirectory(prefix="icl-") as scratch:
         manager = warm.manager(scratch)
@@ -391,12 +391,13 @@ def _execute(run, source, threads, limit):
     return {"state": "finished", "seconds": facts["seconds"]}
 
 
-def _warm(modules, model, threads):
+def _warm(about, limit):
     global _held
-    if _held is None or _held.about != [modules, model, threads, QUIET]:
+    if _held is None or _held.about != about or not _held.alive():
         if _held is not None:
             _held.close()
-        _held = Warm(modules, model, threads, QUIET)
+        _held = None
+        _held = Warm(*about, limit)
     return _held
 
 

@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -55,9 +56,13 @@ class Warm:
             :func:`icl.models.load_model`; ``None`` for none.
         threads: that a kernel computes with.
         environment: of the kernels, beside this process's.
+        limit: seconds that this may take.
+
+    Raises:
+        RuntimeError: it has not begun by then, or has ended.
     """
 
-    def __init__(self, modules, model, threads, environment):
+    def __init__(self, modules, model, threads, environment, limit=None):
         self.about = [modules, model, threads, environment]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
         counts = {f"{name}_NUM_THREADS": str(threads) for name in THREADS}
@@ -75,6 +80,11 @@ class Warm:
                 start_new_session=True,
             )
             self._send({"modules": modules, "model": model, "threads": threads})
+            ready, _, _ = select.select([self._process.stdout], [], [], limit)
+            if not ready or not self._process.stdout.readline():
+                said = self.said()
+                self.close()
+                raise RuntimeError(f"the warm process did not begin. {said}".strip())
 
     def _send(self, request):
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -128,6 +138,10 @@ class Warm:
         Manager.peak = staticmethod(lambda: max(peaks))
         return Manager
 
+    def alive(self) -> bool:
+        """Whether it can be asked for another kernel."""
+        return self._process is None or self._process.poll() is None
+
     def said(self, lines=5) -> str:
         """The last lines that the process and its kernels wrote past the notebook."""
         self.log.seek(0)
@@ -137,7 +151,7 @@ class Warm:
         """End it, and every kernel that it has forked."""
         if self._process is not None:
             self._process.kill()
-            self._process.communicate()
+            self._process.communicate()  # closes its pipes, and waits
         self.log.close()
 
 
@@ -183,6 +197,7 @@ def main():
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    print("ready", file=answers, flush=True)
     while line := sys.stdin.readline():
         pid = os.fork()
         if pid == 0:
