@@ -62,6 +62,12 @@ def write_grid(folder, body=RESULT, start=START, **grid):
     return folder / "grid.yaml"
 
 
+def kernel(folder):
+    """The process that makes run 0."""
+    lines = (folder / "log").read_text().splitlines()
+    return psutil.Process(next(int(s.split()[1]) for s in lines if s.startswith("0 ")))
+
+
 def started(folder):
     """``n`` of every run that was begun, in order."""
     log = folder / "log"
@@ -87,7 +93,7 @@ def until(condition, seconds=60):
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def start(*command, output=subprocess.PIPE, **environment):
+def start(*command, output=subprocess.DEVNULL, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, command)],
         env=ENVIRONMENT | environment,
@@ -97,14 +103,25 @@ def start(*command, output=subprocess.PIPE, **environment):
     )
 
 
-def start_client(grid, *options):
-    return start("icl.sweep", grid, "--to", grid.parent / "out", *options)
+@pytest.fixture
+def client(tmp_path):
+    """Starts ``python -m icl.sweep``; what it says is in ``client.txt``."""
+    made = []
+
+    def begin(grid, *options):
+        command = ["icl.sweep", grid, "--to", grid.parent / "out", *options]
+        with open(tmp_path / "client.txt", "a") as output:
+            made.append(start(*command, output=output))
+        return made[-1]
+
+    yield begin
+    for process in made:
+        kill(process)
 
 
 def start_worker(address, *options, **environment):
     options = [address, "--host", "127.0.0.1", "--no-dashboard", *options]
-    command = ["distributed.cli.dask_worker", *options]
-    return start(*command, output=subprocess.DEVNULL, **environment)
+    return start("distributed.cli.dask_worker", *options, **environment)
 
 
 def kill(process):
@@ -114,7 +131,7 @@ def kill(process):
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
         process.kill()
-    process.communicate()
+    process.wait()
 
 
 class Cluster:
@@ -127,7 +144,7 @@ class Cluster:
         self.port, self.address = port, f"tcp://127.0.0.1:{port}"
         options = ["--host", "127.0.0.1", "--port", port, "--no-dashboard"]
         command = ["distributed.cli.dask_scheduler", *options, "--no-show"]
-        self.scheduler = start(*command, output=subprocess.DEVNULL)
+        self.scheduler = start(*command)
         options = ["--nworkers", workers, "--nthreads", 1]
         self.workers = start_worker(self.address, *options)
 
@@ -295,26 +312,26 @@ display({"application/vnd.icl.result+json":
 # -- faults --------------------------------------------------------------------------
 
 
-def test_a_worker_killed_in_the_middle_of_a_run(tmp_path, cluster):
+def test_a_worker_killed_in_the_middle_of_a_run(tmp_path, cluster, client):
     grid = write_grid(tmp_path, HOLD, vary={"n": "0..5"})
-    client = start_client(grid, "--scheduler", cluster.address)
+    sweep = client(grid, "--scheduler", cluster.address)
     until(lambda: len(started(tmp_path)) == 6)  # five are done, and run 0 waits
-    kernel = psutil.Process(int((tmp_path / "log").read_text().split()[1]))
-    warm = kernel.parent()
+    run = kernel(tmp_path)
+    warm = run.parent()
     warm.parent().kill()
-    until(lambda: not kernel.is_running() and not warm.is_running(), 5)
+    until(lambda: not run.is_running() and not warm.is_running(), 5)
     until(lambda: started(tmp_path).count(0) == 2)
     (tmp_path / "go").touch()
-    assert client.wait(60) == 0
+    assert sweep.wait(60) == 0
     assert sorted(started(tmp_path)) == [0, 0, 1, 2, 3, 4, 5]
     assert rows(tmp_path) == {n: n * n for n in range(6)}
 
 
-def test_the_scheduler_restarted(tmp_path):
+def test_the_scheduler_restarted(tmp_path, client):
     """Its workers go with it; what they had finished stays, the client goes on."""
     cluster = Cluster()
     grid = write_grid(tmp_path, HOLD)
-    client = start_client(grid, "--scheduler", cluster.address)
+    sweep = client(grid, "--scheduler", cluster.address)
     try:
         until(lambda: len(started(tmp_path)) == 4)
         until(lambda: len(list((tmp_path / "out" / "runs").glob("*.json"))) == 3)
@@ -323,33 +340,32 @@ def test_the_scheduler_restarted(tmp_path):
         (tmp_path / "go").touch()
         again = Cluster(port=cluster.port)
         try:
-            assert client.wait(60) == 0
+            assert sweep.wait(60) == 0
         finally:
             again.close()
     finally:
-        kill(client)
         cluster.close()
-    assert "the scheduler has gone" in client.stdout.read()
+    assert "the scheduler has gone" in (tmp_path / "client.txt").read_text()
     assert sorted(started(tmp_path)) == [0, 0, 1, 2, 3]
     assert rows(tmp_path) == {n: n * n for n in range(4)}
 
 
 @pytest.mark.parametrize("local", [True, False], ids=["own workers", "a cluster"])
-def test_the_client_killed_and_started_again(tmp_path, cluster, local):
+def test_the_client_killed_and_started_again(tmp_path, cluster, client, local):
     """Its own workers end with it; those of a cluster finish what they are at."""
     grid = write_grid(tmp_path, HOLD)
     options = ["--workers", 1] if local else ["--scheduler", cluster.address]
-    client = start_client(grid, *options)
+    sweep = client(grid, *options)
     until(lambda: 0 in started(tmp_path))
-    os.kill(client.pid, signal.SIGKILL)
-    client.wait()
-    kernel = int((tmp_path / "log").read_text().split()[1])
+    run = kernel(tmp_path)
+    os.kill(sweep.pid, signal.SIGKILL)
+    sweep.wait()
     if local:
-        until(lambda: not psutil.pid_exists(kernel), 10)
-    client = start_client(grid, *options)
+        until(lambda: not run.is_running(), 10)
+    sweep = client(grid, *options)
     until(lambda: local or len(started(tmp_path)) == 4)
     (tmp_path / "go").touch()
-    assert client.wait(60) == 0
+    assert sweep.wait(60) == 0
     assert sorted(started(tmp_path)) == [0, *([0] if local else []), 1, 2, 3]
     assert rows(tmp_path) == {n: n * n for n in range(4)}
 
@@ -411,13 +427,13 @@ def test_a_kernel_that_ends_is_a_failed_run(tmp_path, cluster, capsys):
     assert rows(tmp_path) == {0: 0}
 
 
-def test_two_sweeps_over_one_folder_at_once(tmp_path, cluster):
+def test_two_sweeps_over_one_folder_at_once(tmp_path, cluster, client):
     grid = write_grid(tmp_path, SLEEP, vary={"n": "0..7"})
-    clients = [
-        start_client(grid, "--workers", 2),
-        start_client(grid, "--scheduler", cluster.address),
+    both = [
+        client(grid, "--workers", 2),
+        client(grid, "--scheduler", cluster.address),
     ]
-    assert [client.wait(90) for client in clients] == [0, 0]
+    assert [one.wait(90) for one in both] == [0, 0]
     assert sorted(started(tmp_path)) == list(range(8))
     assert rows(tmp_path) == {n: n * n for n in range(8)}
 
