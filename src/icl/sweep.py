@@ -33,7 +33,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from icl.results import PACKAGES, RESULT, ROOT, write_atomically
 from icl.runner import (
@@ -315,13 +315,31 @@ def perform(run: Run, source: str, threads: int, limit: float, package: str) -> 
     try:
         Path(run.files).parent.mkdir(parents=True, exist_ok=True)
         files = Path(run.files)
-        with FileLock(files.with_name(f".{files.name}.lock")):
+        with _alone(files.with_name(f".{files.name}.lock")):
             found, _ = state(run)
             if found == "finished":
                 return {"state": found}
             return _execute(run, source, threads, limit)
     except OSError as error:
         return {"state": "unwritable", "error": f"{type(error).__name__}: {error}"}
+
+
+@contextlib.contextmanager
+def _alone(path):
+    """Hold a lock; while another sweep has it, the worker takes other runs."""
+    from distributed import rejoin, secede
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        secede()
+        lock.acquire()
+        rejoin()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _execute(run, source, threads, limit):
