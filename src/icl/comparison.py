@@ -23,6 +23,8 @@ from icl.tasks import PAPER_TASKS, Task, prompt_prefix, token_counts
 SEEDS = tuple(range(1, 8))
 #: How many demonstrations a task has, 32 or what the paper's models can hold.
 DEMONSTRATIONS = dict.fromkeys(PAPER_TASKS, 32) | {"agnews": 22, "cb": 19}
+#: What ends a demonstration: a line break, or as in the original code.
+SEPARATORS = {"newline": "\n", "eos": "eos"}
 LEARNING_RATES = tuple(m * s / 1e4 for s in (1, 10, 100, 1000) for m in range(1, 10))
 
 
@@ -89,6 +91,57 @@ class Subject:
         return self.model, self.tokenizer, queries, self.task.label_words
 
 
+def run_scores(subject, setting, seed, learning_rate, k=32):
+    """What one run of the protocol says of every query.
+
+    Args:
+        subject: a :class:`Subject`.
+        setting: ``"ZSL"``, ``"ICL"``, ``"FT"``, or ``"LCGD"``, which is FT's
+            layer-causal variant (Deutch et al. 2024).
+        seed: draws the demonstrations; ZSL has none.
+        learning_rate: of finetuning.
+        k: the number of demonstrations.
+
+    Returns:
+        log-probabilities of the label words ``(N, C)``, or ``None`` where finetuning
+        diverged.
+
+    Raises:
+        ValueError: no such setting.
+    """
+    if setting not in ("ZSL", "ICL", "FT", "LCGD"):
+        raise ValueError(f"setting {setting!r} is not one of ZSL, ICL, FT, LCGD")
+    examples = [] if setting == "ZSL" else subject.task.sample(k, seed)
+    if setting in ("ZSL", "ICL"):
+        return subject.score(examples)
+    causal = setting == "LCGD"
+    try:
+        update, _ = subject.finetune(examples, learning_rate, layer_causal=causal)
+        with updated(subject.model, update):
+            return subject.score()
+    except FloatingPointError:
+        return None
+
+
+def answers(scores) -> dict[str, str]:
+    """Predicted label ids as strings of digits, as the tables keep them.
+
+    Args:
+        scores: from :func:`run_scores`.
+
+    Returns:
+        ``{"predictions", "calibrated"}``, plain and batch-calibrated
+        (:func:`icl.metrics.calibrated`); empty where finetuning diverged.
+    """
+    if scores is None:
+        return {"predictions": "", "calibrated": ""}
+    plain, calibrated = scores.argmax(1), metrics.calibrated(scores).argmax(1)
+    return {
+        "predictions": "".join(map(str, plain)),
+        "calibrated": "".join(map(str, calibrated)),
+    }
+
+
 def predictor(subject, k=32):
     """What the settings of the protocol answer.
 
@@ -101,15 +154,8 @@ def predictor(subject, k=32):
     """
 
     def run(setting, seed, learning_rate):
-        examples = [] if setting == "ZSL" else subject.task.sample(k, seed)
-        if setting != "FT":
-            return subject.score(examples).argmax(1)
-        try:
-            update, _ = subject.finetune(examples, learning_rate)
-            with updated(subject.model, update):
-                return subject.score().argmax(1)
-        except FloatingPointError:
-            return None
+        scores = run_scores(subject, setting, seed, learning_rate, k)
+        return None if scores is None else scores.argmax(1)
 
     return run
 

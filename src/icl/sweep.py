@@ -182,7 +182,7 @@ PACKAGE = package_digest()  # of the code that this process runs
 
 def model_digest(name: str) -> str:
     """A hash of a model's files; of the name alone where no file or folder has it."""
-    path = Path(name)
+    path = ROOT / name
     files = (
         [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file())
     )
@@ -347,8 +347,9 @@ def _execute(run, source, threads, limit):
     from nbclient.exceptions import DeadKernelError
 
     notebook, error = nbformat.read(source, as_version=4), None
-    about = [modules_of(notebook), run.parameters.get("model") or None, threads]
-    warm = _warm([*about, QUIET], limit)
+    model = [run.parameters.get("model"), run.parameters.get("dtype", "auto")]
+    model = model if model[0] else None
+    warm = _warm([modules_of(notebook), model, threads, QUIET, str(ROOT)], limit)
     seen = {"cell": None}
     with tempfile.TemporaryDirectory(prefix="icl-") as scratch:
         manager = warm.manager(scratch)

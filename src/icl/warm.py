@@ -52,21 +52,22 @@ class Warm:
 
     Args:
         modules: imported there, where they can be.
-        model: read there, if it can be, for the kernel's first
+        model: ``(name, dtype)``, read there, if it can be, for the kernel's first
             :func:`icl.models.load_model`; ``None`` for none.
         threads: that a kernel computes with.
         environment: of the kernels, beside this process's.
+        folder: where they begin.
         limit: seconds that this may take.
 
     Raises:
         RuntimeError: it has not begun by then, or has ended.
     """
 
-    def __init__(self, modules, model, threads, environment, limit=None):
-        self.about = [modules, model, threads, environment]
+    def __init__(self, modules, model, threads, environment, folder, limit=None):
+        self.about = [modules, model, threads, environment, folder]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
         counts = {f"{name}_NUM_THREADS": str(threads) for name in THREADS}
-        self.environment = os.environ | counts | environment
+        self.environment = os.environ | counts | {"MPLBACKEND": INLINE} | environment
         self._process = None
         if sys.platform == "linux":
             self._process = subprocess.Popen(
@@ -76,7 +77,8 @@ class Warm:
                 stdout=subprocess.PIPE,
                 stderr=self.log,
                 text=True,
-                env=self.environment | {"MPLBACKEND": INLINE},
+                env=self.environment,
+                cwd=folder,
                 start_new_session=True,
             )
             self._send({"modules": modules, "model": model, "threads": threads})
@@ -101,11 +103,11 @@ class Warm:
         class Provisioner(LocalProvisioner):
             async def launch_kernel(self, cmd, **options):
                 if warm._process is None:
-                    options["env"] = warm.environment | {"MPLBACKEND": INLINE}
+                    options["env"] = warm.environment
                     found = await super().launch_kernel(cmd, **options)
                     running.append(psutil.Process(self.process.pid))
                     return found
-                warm._send({"file": self.parent.connection_file, "folder": os.getcwd()})
+                warm._send(self.parent.connection_file)
                 answer = warm._process.stdout.readline()
                 try:
                     self.process = _Forked(int(answer))
@@ -193,7 +195,9 @@ def main():
         sys.modules["torch"].set_num_threads(1)
     if about["model"] is not None:
         with suppress(Exception):
-            importlib.import_module("icl.models").keep_warm(about["model"])
+            name, dtype = about["model"]
+            dtype = getattr(sys.modules["torch"], dtype, None)
+            importlib.import_module("icl.models").keep_warm(name, dtype)
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -202,11 +206,11 @@ def main():
         pid = os.fork()
         if pid == 0:
             answers.close()
-            return _kernel(**json.loads(line), threads=about["threads"])
+            return _kernel(json.loads(line), about["threads"])
         print(pid, file=answers, flush=True)
 
 
-def _kernel(file, folder, threads):
+def _kernel(file, threads):
     parent = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
     if os.getppid() != parent:
@@ -214,7 +218,6 @@ def _kernel(file, folder, threads):
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.chdir(folder)
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
