@@ -75,3 +75,28 @@ def test_checks_of_a_page():
     assert table.index.tolist() == ["exact", "near"]
     chapter.begin("smoke")
     assert chapter.checks().empty
+
+
+def test_a_result_is_an_output_of_the_page(monkeypatch):
+    shown = []
+    monkeypatch.setattr(chapter, "display", lambda data, raw: shown.append(data))
+    chapter.result(
+        accuracy=np.float32(0.5),
+        layers=torch.tensor([1.0, float("nan")]),
+        task="mr",
+        none=None,
+        seeds=(1, np.int64(2)),
+    )
+    (output,) = shown
+    entered = output["application/vnd.icl.result+json"]
+    assert entered == {
+        "accuracy": 0.5,
+        "layers": [1.0, None],
+        "task": "mr",
+        "none": None,
+        "seeds": [1, 2],
+    }
+    assert json.loads(json.dumps(entered)) == entered
+    assert "accuracy = 0.5" in output["text/plain"]
+    with pytest.raises(ValueError, match="model = <object .* is no entry: give a"):
+        chapter.result(model=object())

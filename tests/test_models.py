@@ -34,6 +34,54 @@ def test_a_folder_of_every_family(family, tmp_path):
     torch.testing.assert_close(loaded(ids).logits, original(ids).logits)
 
 
+@pytest.mark.parametrize(
+    ("cuda", "mps", "device", "dtype"),
+    [
+        (True, True, "cuda", torch.bfloat16),
+        (False, True, "mps", torch.float32),
+        (False, False, "cpu", torch.float32),
+    ],
+)
+def test_auto_takes_the_best_device_there_is(cuda, mps, device, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    found = models._device("auto")
+    assert found.type == device
+    assert models._dtype(None, found) == dtype
+    assert models._dtype(torch.float16, found) == torch.float16
+
+
+def test_attention_is_fused(tmp_path):
+    folder = save(tiny_model("llama"), tmp_path)
+    assert load_model(folder)[0].config._attn_implementation == "sdpa"
+
+
+def test_a_model_kept_warm_is_given_once(tmp_path, monkeypatch):
+    folder = str(save(tiny_model("llama"), tmp_path))
+    reads = []
+
+    def counted(*arguments):
+        reads.append(arguments)
+        return read(*arguments)
+
+    read = models._read
+    monkeypatch.setattr(models, "_read", counted)
+    models.keep_warm(folder)
+    before = torch.random.get_rng_state()
+    first, _ = load_model(folder)
+    assert len(reads) == 1
+    second, _ = load_model(folder)
+    assert len(reads) == 2
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with torch.no_grad():
+        next(first.parameters()).zero_()
+    assert next(second.parameters()).abs().sum() > 0
+    models.keep_warm(folder)
+    assert load_model(folder, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert len(reads) == 4
+    models._warm.clear()
+
+
 def test_dtype_asked_for(tmp_path):
     folder = save(tiny_model("llama"), tmp_path)
     assert load_model(folder, dtype=torch.bfloat16)[0].dtype == torch.bfloat16

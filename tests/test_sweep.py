@@ -16,10 +16,13 @@ import nbformat
 import psutil
 import pytest
 import yaml
+from conftest import tiny_model, word_tokenizer
 
 from icl import sweep as sweeps
-from icl.results import read_sweep
+from icl.comparison import Subject, answers, run_scores
+from icl.results import read_sweep, read_table
 from icl.sweep import SweepError, plan, read_grid, state, sweep
+from icl.tasks import load_task
 
 PARAMETERS = """
 n: int = 1  # 0..99: number
@@ -307,6 +310,72 @@ display({"application/vnd.icl.result+json":
         assert set(table.threads) == {2}
         found.append([list(row) for row in table.x])
     assert found[0] == found[1]
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COMPARISON = REPOSITORY / "sweeps" / "icl_vs_finetuning.ipynb"
+
+
+def test_the_comparison_is_what_the_library_gives(tmp_path, monkeypatch):
+    """Its notebook, with a model that is read once and held for all runs."""
+    words = ["good film", "dull story", "bright actors", "boring plot", "moving"]
+    examples = [
+        {"premise": text, "hypothesis": f"a {text}", "label": n % 3}
+        for n, text in enumerate(words)
+    ]
+    (tmp_path / "data" / "cb").mkdir(parents=True)
+    lines = "\n".join(map(json.dumps, examples))
+    for split in ("train", "validation"):
+        (tmp_path / "data" / "cb" / f"{split}.jsonl").write_text(lines)
+    monkeypatch.setenv("ICL_DATA", str(tmp_path / "data"))
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    grid = {
+        "notebook": str(COMPARISON),
+        "fixed": {"model": str(folder), "task": "cb", "k": 3},
+        "vary": [
+            {"setting": ["ZSL", "ICL"], "seed": 1},
+            {"setting": "FT", "seed": [1, 2], "learning_rate": 0.1},
+        ],
+    }
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    assert sweep(read_grid(tmp_path / "grid.yaml"), tmp_path / "out", workers=1)
+    table = read_sweep(tmp_path / "out")
+    subject = Subject(tiny_model("llama"), word_tokenizer(), load_task("cb"))
+    for row in table.to_dict("records"):
+        wanted = [row[name] for name in ("setting", "seed", "learning_rate", "k")]
+        given = answers(run_scores(subject, *wanted))
+        assert {name: row[name] for name in given} == given
+        hits = sum(
+            a == b for a, b in zip(row["predictions"], row["labels"], strict=True)
+        )
+        assert row["accuracy"] == hits / 5
+    assert len(table) == 4
+
+
+def test_a_committed_row_comes_out_again(tmp_path):
+    """The row of CB, zero-shot, by the grid that has all rows of the table."""
+    data = os.environ.get("ICL_DATA")
+    if not data or not (Path(data) / "cb").is_dir():
+        pytest.skip("needs the text of CB in ICL_DATA")
+    table, about = read_table("icl_vs_finetuning")
+    if load_task("cb").digest() != about["smollm2-135m/cb/newline"]["data_sha256"]:
+        pytest.skip("ICL_DATA holds another CB than the table was made from")
+    known = ["model", "task", "separator", "setting", "seed", "learning_rate"]
+    table["model"] = table.model.replace(
+        "tinyllama-1.1b-chat", "models/tinyllama-1.1b-chat.gguf"
+    )
+    table = table[table.setting != "labels"].set_index(known).sort_index()
+    grid = read_grid(REPOSITORY / "sweeps" / "icl_vs_finetuning.yaml")
+    rows = [tuple(run[name] for name in known) for run in grid["runs"]]
+    assert sorted(rows) == list(table.index)  # no more and no less
+    zero_shot = [r for r in grid["runs"] if (r["task"], r["setting"]) == ("cb", "ZSL")]
+    assert sweep(grid | {"runs": zero_shot}, tmp_path, workers=1)
+    (row,) = read_sweep(tmp_path).to_dict("records")
+    committed = table.loc[tuple(row[name] for name in known)]
+    assert row["predictions"] == committed.predictions
+    assert row["calibrated"] == committed.calibrated
 
 
 # -- faults --------------------------------------------------------------------------

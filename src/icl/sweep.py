@@ -576,6 +576,7 @@ def sweep(grid: dict, folder: Path, retry_failed=False, timeout=30, **options) -
             say(f"{run.path('.json')} is not what was written: {run.label} runs again")
     again = {"missing", "corrupt"} | ({"failed"} if retry_failed else set())
     todo = [run for run, found in zip(runs, states, strict=True) if found in again]
+    todo.sort(key=lambda run: str(run.parameters.get("model")))  # a load for each
     facts = {"source": str(source), "threads": grid["threads"], "limit": grid["limit"]}
     try:
         while todo:
