@@ -264,10 +264,10 @@ def state(run: Run) -> tuple[str, dict]:
         record = read_record(run.path(".json"))
         if record and run.path(".ipynb").stat().st_size == record["notebook_bytes"]:
             return "finished", record
-        failed = None if record else read_record(run.path(".failed.json"))
-        return (
-            ("failed", failed) if failed else ("corrupt" if record else "missing", {})
-        )
+        if record:
+            return "corrupt", {}
+        failed = read_record(run.path(".failed.json"))
+        return ("failed", failed) if failed else ("missing", {})
     except (ValueError, OSError):
         return "corrupt", {}
 

@@ -66,8 +66,10 @@ class Warm:
     def __init__(self, modules, model, threads, environment, folder, limit=None):
         self.about = [modules, model, threads, environment, folder]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
-        counts = {f"{name}_NUM_THREADS": str(threads) for name in THREADS}
-        self.environment = os.environ | counts | {"MPLBACKEND": INLINE} | environment
+        own = {f"{name}_NUM_THREADS": str(threads) for name in THREADS}
+        own["MPLBACKEND"] = INLINE
+        own["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # CUDA must not begin before a fork
+        self.environment = os.environ | own | environment
         self._process = None
         if sys.platform == "linux":
             self._process = subprocess.Popen(
