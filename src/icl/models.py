@@ -63,7 +63,8 @@ def keep_warm(name=DEFAULT, dtype=None):
         name, dtype: as for :func:`load_model`, with its ``device="auto"``.
 
     Raises:
-        ValueError, AssetError: as :func:`load_model`.
+        ValueError: as :func:`load_model`.
+        AssetError: as :func:`load_model`.
     """
     dtype = _dtype(dtype, _device("auto"))
     _warm[str(name), dtype] = _read(name, dtype)
