@@ -1,0 +1,187 @@
+"""The same by chunks of tokens: linear attention, decay, delta rule, momentum, Mesa."""
+
+import torch
+from torch.nn.functional import pad
+
+from icl.memory.shared import (
+    State,
+    begun,
+    check,
+    check_rates,
+    check_ridge,
+    check_step,
+    one_of,
+    one_or_more,
+)
+from icl.memory.solver import conjugate_gradients
+
+
+def chunkwise(
+    query,
+    key,
+    value,
+    beta=1.0,
+    *,
+    loss="squared",
+    implicit=False,
+    momentum=0.0,
+    decay=1.0,
+    decayed=True,
+    state=None,
+    chunk=64,
+):
+    r"""What :func:`learn` answers with a linear memory, by chunks of tokens.
+
+    Weights are sums of steps :math:`u_s k_s^\top`, where :math:`u_s = \beta_s v_s` for
+    the inner-product loss and :math:`u_s = \beta_s (v_s - \tilde W_s k_s)` for the
+    squared one. Decay and momentum are numbers, and only say how often a step counts:
+    with :math:`D_{ts} = \gamma_{s+1} \cdots \gamma_t` and :math:`E_{ts}` the same of μ,
+    for :math:`s \le t`, from the weights W and velocity M before a chunk on
+
+    .. math:: W_t = D_{t0} W + \sum_{r=1}^t D_{tr} E_{r0} M + \sum_{s=1}^t (DE)_{ts}
+       u_s k_s^\top.
+
+    With the squared loss the steps of a chunk so solve a triangular system. Without
+    decay and momentum it is the UT form of the delta rule (Yang et al. 2024); with them
+    its entries have counts, and it is still exact. The products are taken as they
+    stand, and nothing is divided by a decay. Time and memory are linear in T.
+
+    Args:
+        loss: ``"inner"`` or ``"squared"``.
+        chunk: so many tokens; the last chunk may have fewer.
+
+    The other arguments, value and errors as :func:`learn`; the state has no curvature.
+    """
+    check(query, key, value, state, True)
+    one_of(loss=(loss, ("inner", "squared")))
+    one_or_more(chunk=chunk)
+    beta, mu, gamma = check_rates(key, beta, momentum, decay)
+    check_step(beta, key, loss, implicit)
+    squared = loss == "squared"
+    if implicit and squared:
+        beta = beta / (1 + beta * key.square().sum(-1))
+    mu = None if isinstance(momentum, int | float) and momentum == 0 else mu
+    (W,), (M,), _ = begun(state, key, value)
+    X = W.mT if mu is None else torch.cat([W.mT, (M + torch.zeros_like(W)).mT], -2)
+    outputs, last = [], key.shape[2] // chunk * chunk
+    for part in (slice(0, last), slice(last, None)):
+        given = [x[:, :, part] for x in (query, key, value)]
+        if size := min(chunk, given[0].shape[2]):
+            rates = [_split(x, part, size) for x in (beta, mu, gamma)]
+            given = [x.unflatten(2, (-1, size)) for x in given]
+            out, X, M = _chunks(*given, *rates, squared, decayed, X)
+            outputs.append(out.flatten(2, 3))
+    W = X[..., : key.shape[-1], :].mT
+    return torch.cat(outputs, 2), State((W,), (M,))
+
+
+def mesa(
+    query,
+    key,
+    value,
+    beta=1.0,
+    *,
+    decay=1.0,
+    ridge=1.0,
+    iterations=64,
+    state=None,
+    chunk=64,
+):
+    r"""What :func:`learn` answers with the full preconditioner, for all tokens at once.
+
+    ``o_t = G_t (H_t + λ)⁻¹ q_t`` with the decayed sums ``G = Σ β v kᵀ`` and ``H = Σ β k
+    kᵀ`` (von Oswald et al. 2025, MesaNet). ``G x`` and ``H x`` are linear attention, of
+    values or keys; conjugate gradients start from ``q/(diag H + λ)``.
+
+    Returns:
+        the outputs ``(B, H, T, d_v)``, the :class:`State`, and the residual of every
+        query as :func:`conjugate_gradients` returns it, ``(B, H, T)``.
+
+    The arguments and errors are those of :func:`learn` and :func:`chunkwise`.
+    """
+    check(query, key, value, state, True)
+    one_or_more(chunk=chunk, iterations=iterations)
+    check_ridge(ridge)
+    check_step(check_rates(key, beta, 0.0, decay)[0], key, "squared", True)
+    (W,), _, H = begun(state, key, value)
+    eye = torch.eye(key.shape[-1], dtype=key.dtype, device=key.device)
+    H = (H + 0 * eye).expand(*W.shape[:2], -1, -1)
+    G = W @ (H + ridge * eye)
+
+    def attend(q, k, v, start):
+        options = {"loss": "inner", "decay": decay, "chunk": chunk}
+        out, after = chunkwise(q, k, v, beta, state=State((start,)), **options)
+        return out, after.weights[0]
+
+    one, start = torch.ones_like(key[..., :1]), H.diagonal(0, -2, -1)[..., None]
+    diagonal, _ = attend(one, one, key.square(), start)
+    x, residual = conjugate_gradients(
+        lambda x: attend(x, key, key, H)[0] + ridge * x,
+        query,
+        query / (diagonal + ridge),
+        iterations,
+    )
+    out, G = attend(x, key, value, G)
+    _, last = attend(x, key, key, H)
+    W = torch.linalg.solve(last + ridge * eye, G, left=False)
+    return out, State((W,), None, last), residual
+
+
+def _chunks(q, k, v, beta, mu, gamma, squared, decayed, X):
+    """Outputs of chunks ``(B, H, n, C, ·)``, the last ``[W, M]ᵀ``, and the last M."""
+    counts, of_X = _products(gamma), [gamma.cumprod(-1)[..., None]]
+    into, stay = [counts], of_X[0][..., -1:, :]
+    if mu is not None:
+        pushed, m = _products(mu), mu.cumprod(-1)[..., None]
+        counts, of_X = counts @ pushed, [*of_X, counts @ m]
+        into = [counts, pushed]
+        a, b, m = torch.broadcast_tensors(*(x[..., -1:, :] for x in (*of_X, m)))
+        stay = torch.cat([torch.cat([a, b], -1), pad(m, (1, 0))], -2)
+    written = torch.cat([x[..., -1, :, None] * k for x in into], -1).mT
+    own, seen = beta[..., None] * v, None
+    if squared:
+        before = [_shifted(counts, 0.0), _shifted(of_X[0], 1.0)]
+        before += [_shifted(x, 0.0) for x in of_X[1:]]
+        if decayed:
+            before = [gamma[..., None] * x for x in before]
+        system = (beta[..., None] * before[0]) * (k @ k.mT)
+        seen = [beta[..., None] * x * k for x in before[1:]]
+        both = torch.linalg.solve_triangular(
+            system, torch.cat([own, *seen], -1), upper=False, unitriangular=True
+        )
+        own, seen = both.split([v.shape[-1], both.shape[-1] - v.shape[-1]], -1)
+    steps, starts = [], []
+    n, parts = k.shape[2], stay.shape[-1]
+    each = (x.expand(-1, -1, n, -1, -1).unbind(2) for x in (stay, written, own))
+    seen = [None] * n if seen is None else seen.unbind(2)
+    for a, w, u, s in zip(*each, seen, strict=True):
+        u = u if s is None else u - s @ X
+        steps.append(u)
+        starts.append(X)
+        left = a @ X.unflatten(-2, (parts, -1)).flatten(-2)
+        X = left.unflatten(-1, (-1, v.shape[-1])).flatten(-3, -2) + w @ u
+    u, begin = torch.stack(steps, 2), torch.stack(starts, 2)
+    reads = torch.cat([x * q for x in of_X], -1)
+    out = reads @ begin + (counts * (q @ k.mT)) @ u
+    if mu is None:
+        return out, X, steps[-1][..., -1, :, None] * k[:, :, -1, -1, None]
+    return out, X, X[..., k.shape[-1] :, :].mT
+
+
+def _shifted(x, first):
+    """One row down, for what is known before a token."""
+    return pad(x[..., :-1, :], (0, 0, 1, 0), value=first)
+
+
+def _products(rates):
+    """``rate_{s+1} ... rate_t`` of ``(..., C)``, at row t and column s <= t."""
+    size = rates.shape[-1]
+    later = torch.ones(size, size, dtype=torch.bool, device=rates.device).tril(-1)
+    return torch.where(later, rates[..., None], 1.0).cumprod(-2).tril()
+
+
+def _split(rate, part, size):
+    """The rates of some tokens by chunks, ``(·, ·, n or 1, C)``."""
+    if rate is None or rate.shape[2] == 1:
+        return rate if rate is None else rate.expand(-1, -1, size)[:, :, None]
+    return rate[:, :, part].unflatten(2, (-1, size))
