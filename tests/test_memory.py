@@ -617,6 +617,9 @@ def test_nothing_to_solve_is_solved():
 # --- what is refused ------------------------------------------------------------------
 
 
+LONG = draw(600, 16, 16, 1, 1, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("attend", [learn, chunkwise])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -699,8 +702,14 @@ def test_bad_input_is_refused(attend, change, message):
         ),
         (
             learn,
-            {"model": mlp, "state": copies(W_1, W_2), "beta": 1e30},
+            {"model": mlp, "state": copies(W_1, W_2), "beta": 1e300},
             "the learner diverges: take a smaller beta",
+        ),
+        (
+            chunkwise,
+            {"beta": 1.9, "momentum": 0.9}
+            | dict(zip(("query", "key", "value"), LONG, strict=True)),
+            r"the learner diverges: .* at most 2 \(1 - momentum\)",
         ),
     ],
 )
@@ -719,3 +728,16 @@ def test_any_implicit_step_is_stable():
     error = linear(before.weights, k[:, :, -1]) - v[:, :, -1]
     close(strength * (found - v)[:, :, -1], error, rtol=1e-8, atol=1e-8)
     assert found.abs().max() < 2 * v.abs().max()
+
+
+def test_with_momentum_what_a_step_adds_up_to_must_be_stable():
+    """At β = 2 (1 - μ), and not above it; a single key would allow 2 (1 + μ)."""
+    _, k, v = draw(2000, 16, 16, 1, 1)
+    largest = {}
+    for beta in (1.0, 1.2):
+        out, _ = chunkwise(k, k, v, beta, momentum=0.5)
+        largest[beta] = out[:, :, 1000:].abs().max() / v.abs().max()
+    assert largest[1.0] < 5
+    assert largest[1.2] > 1e3
+    one = k[:, :, :1].expand_as(k)
+    assert chunkwise(one, one, v, 1.9, momentum=0.5)[0].abs().max() < 10 * v.abs().max()

@@ -6,6 +6,7 @@ from torch.nn.functional import gelu, layer_norm
 from icl.memory.shared import (
     State,
     begun,
+    bounded,
     check,
     check_rates,
     check_ridge,
@@ -74,8 +75,10 @@ def learn(
         beta: the step; a number, or a tensor that broadcasts to ``(B, H, T)``. An
             explicit step on the squared loss multiplies a linear memory's error on the
             pair by ``1 - β|k|²``, which must lie in [-1, 1]: for unit keys β is in
-            [0, 2]. Decay and momentum would allow a little more. On the separable loss
-            it is ``1 - β k_j²``. Models that are not linear are not checked.
+            [0, 2]. On the separable loss it is ``1 - β k_j²``. With momentum a step is
+            repeated, and by the time that its key comes again it may have added up to
+            ``β/(1 - μ)``. That is not refused above 2, but without decay weights can
+            then grow for ever. Models that are not linear are not checked.
         loss: ``"inner"``, ``"squared"`` or ``"separable"``.
         implicit: the implicit step instead, stable for all ``β >= 0``. Of the
             inner-product loss it is the explicit one.
@@ -136,9 +139,7 @@ def learn(
         weights = [w - solve(lost * w) for w in weights]
         weights = [w + m for w, m in zip(weights, velocity, strict=True)]
         outputs.append(model(weights, q))
-    outputs = torch.stack(outputs, 2)
-    if not torch.isfinite(outputs).all():
-        raise ValueError("the learner diverges: take a smaller beta, or unit keys")
+    outputs = bounded(torch.stack(outputs, 2))
     curvature = curvature if precondition else None
     return outputs, State(tuple(weights), tuple(velocity), curvature)
 

@@ -6,6 +6,7 @@ from torch.nn.functional import pad
 from icl.memory.shared import (
     State,
     begun,
+    bounded,
     check,
     check_rates,
     check_ridge,
@@ -72,7 +73,7 @@ def chunkwise(
             out, X, M = _chunks(*given, *rates, squared, decayed, X)
             outputs.append(out.flatten(2, 3))
     W = X[..., : key.shape[-1], :].mT
-    return torch.cat(outputs, 2), State((W,), (M,))
+    return bounded(torch.cat(outputs, 2)), State((W,), (M,))
 
 
 def mesa(

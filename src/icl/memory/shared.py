@@ -44,7 +44,7 @@ def check(query, key, value, state, plain):
             f"{query.dtype}, {key.dtype} and {value.dtype}"
         )
     for name, x in {"query": query, "key": key, "value": value}.items():
-        if not torch.stack(x.aminmax()).isfinite().all():
+        if not _finite(x):
             raise ValueError(f"some {name} is not finite")
     if state is None and not plain:
         raise ValueError("a model that is not linear needs a state with its weights")
@@ -56,6 +56,19 @@ def check(query, key, value, state, plain):
                 f"for these keys and values the state is one weight {expected}, and "
                 f"a velocity like it, not {', '.join(map(str, found))}"
             )
+
+
+def bounded(outputs):
+    if not _finite(outputs):
+        raise ValueError(
+            "the learner diverges: take a smaller beta, with momentum at most "
+            "2 (1 - momentum)/|k|²"
+        )
+    return outputs
+
+
+def _finite(x):
+    return torch.stack(x.aminmax()).isfinite().all()
 
 
 def one_of(**options):
