@@ -151,22 +151,30 @@ def _chunks(q, k, v, beta, mu, gamma, squared, decayed, X):
             system, torch.cat([own, *seen], -1), upper=False, unitriangular=True
         )
         own, seen = both.split([v.shape[-1], both.shape[-1] - v.shape[-1]], -1)
-    steps, starts = [], []
-    n, parts = k.shape[2], stay.shape[-1]
-    each = (x.expand(-1, -1, n, -1, -1).unbind(2) for x in (stay, written, own))
-    seen = [None] * n if seen is None else seen.unbind(2)
-    for a, w, u, s in zip(*each, seen, strict=True):
-        u = u if s is None else u - s @ X
-        steps.append(u)
-        starts.append(X)
-        left = a @ X.unflatten(-2, (parts, -1)).flatten(-2)
-        X = left.unflatten(-1, (-1, v.shape[-1])).flatten(-3, -2) + w @ u
-    u, begin = torch.stack(steps, 2), torch.stack(starts, 2)
+    u, begin, X = _through(stay, written, own, seen, X)
     reads = torch.cat([x * q for x in of_X], -1)
     out = reads @ begin + (counts * (q @ k.mT)) @ u
     if mu is None:
-        return out, X, steps[-1][..., -1, :, None] * k[:, :, -1, -1, None]
+        return out, X, u[:, :, -1, -1, :, None] * k[:, :, -1, -1, None]
     return out, X, X[..., k.shape[-1] :, :].mT
+
+
+def _through(stay, written, own, seen, X):
+    """From chunk to chunk: all steps u, what each begins with, and the last ``X``."""
+    heads, n, parts = X.shape[:2], own.shape[2], stay.shape[-1]
+    stay, written, own, seen = (
+        [None] * n if x is None else x.expand(*heads, n, -1, -1).flatten(0, 1).unbind(1)
+        for x in (stay, written, own, seen)
+    )
+    X, steps, starts = X.flatten(0, 1), [], []
+    for a, w, u, s in zip(stay, written, own, seen, strict=True):
+        u = u if s is None else torch.baddbmm(u, s, X, alpha=-1)
+        steps.append(u)
+        starts.append(X)
+        left = a * X if parts == 1 else (a @ X.view(len(X), parts, -1)).view_as(X)
+        X = torch.baddbmm(left, w, u)
+    u, begin = (torch.stack(x, 1).unflatten(0, heads) for x in (steps, starts))
+    return u, begin, X.unflatten(0, heads)
 
 
 def _shifted(x, first):
