@@ -11,6 +11,9 @@ Contrastive. Softmax attention is a gradient step on a loss that draws pairs tog
 step becomes another attention. Their text was not at hand: the forms here are derived,
 and where there is more than one reading both can be had.
 
+Memories. Linear attention and the delta rule, which learn online (:mod:`icl.memory`),
+stand in the place of softmax attention.
+
 Importing this package registers all of them with transformers under ``icl_`` and the
 names of ``KINDS``, for ``attn_implementation=...`` and
 ``model.set_attn_implementation(...)``. :func:`equip` says with which numbers.
@@ -24,6 +27,7 @@ from icl.attention.contrastive import (
     negative_attention,
     regularised_attention,
 )
+from icl.attention.memory import memory_attention
 from icl.attention.models import KINDS, equip, layerwise_momentum, rates
 from icl.attention.momentum import (
     convolution_attention,
@@ -41,6 +45,7 @@ __all__ = [
     "equip",
     "heavy_ball_attention",
     "layerwise_momentum",
+    "memory_attention",
     "momentum_attention",
     "negative_attention",
     "rates",

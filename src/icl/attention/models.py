@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch.nn import Parameter
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -16,8 +17,9 @@ from icl.attention.contrastive import (
     negative_attention,
     regularised_attention,
 )
+from icl.attention.memory import memory_attention
 from icl.attention.momentum import convolved, decayed_sum, heavy_ball_bias
-from icl.attention.shared import fine, softmax_attention, visible
+from icl.attention.shared import fine, repeated, softmax_attention, visible
 from icl.heads import attention_modules
 
 #: What each kind of attention is told; None stands for what has no default.
@@ -41,8 +43,11 @@ KINDS = {
         "matched": False,
     },
     "differential": {"lam": None},
+    "linear": {"beta": 1.0, "decay": 1.0, "momentum": 0.0},
+    "delta": {"beta": 1.0, "decay": 1.0, "momentum": 0.0},
 }
 RATED = ("momentum", "heavy_ball", "convolution")
+MEMORIES = {"linear": "inner", "delta": "squared"}  # and their losses
 
 
 def equip(model, kind, learned=False, layers=None, **options):
@@ -51,11 +56,14 @@ def equip(model, kind, learned=False, layers=None, **options):
     Args:
         model: a gpt2, opt, gpt_neox, llama or qwen of transformers. It is changed.
         kind: ``"momentum"``, ``"heavy_ball"``, ``"convolution"``, ``"regularised"``,
-            ``"augmented"``, ``"negative"`` or ``"differential"``.
+            ``"augmented"``, ``"negative"``, ``"differential"``, ``"linear"`` or
+            ``"delta"``.
         learned: of the first three kinds, let every head of every layer learn its own
             rate, from the given one on. The parameters are called ``momentum`` and
             live in the attention modules: the logits of ``eta`` or ``mu``, or a
-            convolution's weights.
+            convolution's weights. Of the last two kinds, let every head read the rates
+            from each token's key, by a linear map to logits which begins at the given
+            ones; a rate at the end of its range stays there.
         layers: which, as numbers from 0 on; left out, all. The others keep their own.
         options: by the names of the function that the kind has, such as ``eta`` for
             :func:`momentum_attention`; a convolution's ``reach``, J, and ``eta``,
@@ -66,7 +74,10 @@ def equip(model, kind, learned=False, layers=None, **options):
             before it. An augmented attention is told ``hidden``, ``depth`` and
             ``residual`` of its two :class:`View` a layer, which all heads share and
             which are called ``of_key`` and ``of_value``, or ``matched=True`` to have
-            :class:`Scale` instead.
+            :class:`Scale` instead. Linear attention and the delta rule are told
+            ``momentum`` in [0, 1), ``decay`` in (0, 1] and ``beta`` in [0, 2 (1 -
+            momentum)] of :func:`memory_attention`. They learn all tokens anew at every
+            step of decoding, and cannot read texts that are packed in one row.
 
     Returns:
         the model. Its configuration keeps the choices as ``icl_attention``, so that a
@@ -99,8 +110,17 @@ def equip(model, kind, learned=False, layers=None, **options):
             f"k must be less than the {settings['demonstrations']} demonstrations, "
             f"not {settings['k']}"
         )
-    if learned and kind not in RATED:
-        raise ValueError(f"learned is for {', '.join(RATED)}, not for {kind}")
+    if kind in MEMORIES:
+        b, a, mu = (settings[name] for name in ("beta", "decay", "momentum"))
+        if not (0 <= mu < 1 and 0 < a <= 1 and 0 <= b <= 2 * (1 - mu)):
+            raise ValueError(
+                "momentum must lie in [0, 1), decay in (0, 1] and beta in "
+                f"[0, 2 (1 - momentum)]; given were {mu}, {a} and {b}"
+            )
+    if learned and kind not in (*RATED, *MEMORIES):
+        raise ValueError(
+            f"learned is for {', '.join((*RATED, *MEMORIES))}, not for {kind}"
+        )
     if not model._supports_attention_backend:
         raise ValueError(
             f"the attention of {type(model).__name__} cannot be replaced: it does not "
@@ -121,7 +141,9 @@ def equip(model, kind, learned=False, layers=None, **options):
                 delattr(module, name)
         if layer not in layers:
             continue
-        if learned:
+        if learned and kind in MEMORIES:
+            module.momentum = Parameter(_gates(model, settings).to(model.device))
+        elif learned:
             start = _given(settings)
             start = start if kind == "convolution" else start.logit()
             start = start.repeat(model.config.num_attention_heads, 1).squeeze(1)
@@ -136,12 +158,31 @@ def equip(model, kind, learned=False, layers=None, **options):
 
 def _view(model, settings, seed):
     config = model.config
-    heads = config.num_attention_heads
     if settings["matched"]:
-        return Scale(getattr(config, "num_key_value_heads", None) or heads)
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        heads = getattr(config, "num_key_value_heads", None)
+        return Scale(heads or config.num_attention_heads)
     options = {name: settings[name] for name in ("hidden", "depth", "residual")}
-    return View(width, seed=seed, **options)
+    return View(_width(config), seed=seed, **options)
+
+
+def _width(config):
+    heads = config.num_attention_heads
+    return getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def _shares(settings):
+    """A memory's rates as shares of the most that they may be."""
+    mu = settings["momentum"]
+    step = settings["beta"] / (2 * (1 - mu))
+    return {"beta": step, "decay": settings["decay"], "momentum": mu}
+
+
+def _gates(model, settings):
+    """A row for every head and share inside (0, 1), its logit last: (H, n, d_h + 1)."""
+    inside = [share for share in _shares(settings).values() if 0 < share < 1]
+    rows = torch.tensor(inside).logit()[:, None]
+    heads = model.config.num_attention_heads
+    return pad(rows, (_width(model.config), 0)).repeat(heads, 1, 1)
 
 
 def rates(model):
@@ -223,13 +264,17 @@ def _settled(module, device):
     if not settings["learned"]:
         rate = _given(settings)
         return fine(rate[None] if "reach" in settings else rate, device)
+    rate = fine(_learned(module), device)
+    return rate if "reach" in settings else rate.sigmoid()
+
+
+def _learned(module):
     if not hasattr(module, "momentum"):
         raise ValueError(
             "this model learned its rates, and they are not loaded: call "
             "icl.attention.equip first, then load its weights"
         )
-    rate = fine(module.momentum, device)
-    return rate if "reach" in settings else rate.sigmoid()
+    return module.momentum
 
 
 def _attend(kind):
@@ -240,6 +285,8 @@ def _attend(kind):
         asked, mask = query.shape[1:3], attention_mask
         if module.layer_idx not in _told(module)["layers"]:
             return sdpa_attention_forward(module, query, key, value, mask, **options)
+        if kind in MEMORIES:
+            return _remember(module, query, key, value, mask, **options)
         if kind not in RATED:
             return _contrast(module, query, key, value, mask, **options)
         rate, settings = _settled(module, value.device), module.config.icl_attention
@@ -293,6 +340,23 @@ def _contrast(module, query, key, value, mask, scaling=None, **options):
         if front and reads_among.any():
             own = softmax_attention(*given, mask, scaling)
             out = torch.where(reads_among[:, None, :, None], own, out)
+    return out.transpose(1, 2), None
+
+
+def _remember(module, query, key, value, mask, **options):
+    settings = module.config.icl_attention
+    if options.get("dropout"):
+        raise ValueError(f"{settings['kind']} attention has no dropout: set it to 0")
+    shares = _shares(settings)
+    if settings["learned"]:
+        gates = _learned(module)
+        read = repeated(key, query.shape[1]).float() @ gates[..., :-1].mT
+        read = (read + gates[:, None, :, -1]).sigmoid().clamp(1e-6, 1 - 1e-6)
+        inside = [name for name, share in shares.items() if 0 < share < 1]
+        shares |= dict(zip(inside, read.unbind(-1), strict=True))
+    beta = 2 * (1 - shares["momentum"]) * shares["beta"]
+    rates = beta, shares["decay"], shares["momentum"], MEMORIES[settings["kind"]]
+    out = memory_attention(query, key, value, *rates, mask)
     return out.transpose(1, 2), None
 
 
