@@ -39,7 +39,7 @@ def memory_attention(
     q, k = normalize(q, dim=-1), normalize(k, dim=-1)
     q = torch.cat([torch.zeros_like(k[:, :, : length - tokens]), q], 2)
     if mask is not None:
-        beta = torch.where(_written(mask, tokens, length), beta, 0.0)
+        beta = beta * _written(mask, tokens, length).to(k.dtype)
     with torch.autocast(query.device.type, enabled=False):  # sums need all digits
         out, _ = chunkwise(q, k, v, beta, loss=loss, decay=decay, momentum=momentum)
     return rms_norm(out[:, :, length - tokens :], out.shape[-1:]).to(value.dtype)

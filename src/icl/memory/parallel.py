@@ -42,9 +42,9 @@ def chunkwise(
     .. math:: W_t = D_{t0} W + \sum_{r=1}^t D_{tr} E_{r0} M + \sum_{s=1}^t (DE)_{ts}
        u_s k_s^\top.
 
-    With the squared loss the steps of a chunk so solve a triangular system. Without
+    With the squared loss the steps of a chunk then solve one triangular system. Without
     decay and momentum it is the UT form of the delta rule (Yang et al. 2024); with them
-    its entries have counts, and it is still exact. The products are taken as they
+    the same system has counts in it, and is still exact. The products are taken as they
     stand, and nothing is divided by a decay. Time and memory are linear in T.
 
     Args:
