@@ -89,6 +89,7 @@ bench: $(READY)  ## measure scoring, recording, streaming, attention, training a
 	  && $(BIN)/python benchmarks/linear.py \
 	  && $(BIN)/python benchmarks/attention.py \
 	  && $(BIN)/python benchmarks/training.py \
+	  && $(BIN)/python benchmarks/memory.py \
 	  && $(BIN)/python benchmarks/sweep.py \
 	  && echo "benchmarks after $$((SECONDS - start)) s"
 
