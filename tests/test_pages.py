@@ -87,6 +87,15 @@ def test_no_page_shows_an_error_or_a_bar(pages):
         assert not page.select(".stderr"), f"{path.name} shows a stderr stream"
 
 
+def test_no_tex_is_left_as_text(html):
+    for path in sorted((html / "book").glob("*.html")):
+        article = BeautifulSoup(path.read_text(), "html.parser").find("article")
+        for element in article.select(".math, pre, code, script, style"):
+            element.decompose()
+        left = re.search(r".{,30}(\\[A-Za-z]{2,}|\$|{[a-z:]+}`).*", article.get_text())
+        assert not left, f"{path.name}: {left[0]}"
+
+
 def test_every_image_has_alt_text(pages):
     for path, page in pages.items():
         for image in page.select("article img"):
