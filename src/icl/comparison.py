@@ -23,7 +23,7 @@ from icl.tasks import PAPER_TASKS, Task, prompt_prefix, token_counts
 SEEDS = tuple(range(1, 8))
 #: How many demonstrations a task has, 32 or what the paper's models can hold.
 DEMONSTRATIONS = dict.fromkeys(PAPER_TASKS, 32) | {"agnews": 22, "cb": 19}
-#: What ends a demonstration: a line break, or as in the original code.
+#: Ends of a demonstration, a line break or as in the original code.
 SEPARATORS = {"newline": "\n", "eos": "eos"}
 LEARNING_RATES = tuple(m * s / 1e4 for s in (1, 10, 100, 1000) for m in range(1, 10))
 
