@@ -14,15 +14,12 @@ Prints ratios of the least of several times, the two taking turns:
   negatives allocate.
 """
 
-import os
 import time
 from itertools import pairwise
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is talkative
-
 import torch
+from measure import fastest, peak
 from torch.nn.functional import scaled_dot_product_attention
-from torch.profiler import ProfilerActivity, profile
 
 from icl.attention import (
     augmented_attention,
@@ -31,30 +28,7 @@ from icl.attention import (
     regularised_attention,
 )
 
-HEADS, WIDTH, REPEATS = 12, 64, 7
-
-
-def fastest(*runs):
-    """The least seconds of each, the runs taking turns."""
-    best = [float("inf")] * len(runs)
-    for _ in range(REPEATS):
-        for n, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
-            best[n] = min(best[n], time.perf_counter() - start)
-    return best
-
-
-def peak(run):
-    """Most bytes that were allocated at one time while it ran, and not before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    now = most = 0
-    for event in seen.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+HEADS, WIDTH = 12, 64
 
 
 def drawn(batch, tokens, length=None):

@@ -13,44 +13,17 @@ of width 64:
 - forward and backward of delta attention over those of softmax attention, in 12 heads.
 """
 
-import os
-import time
 from functools import partial
 from itertools import pairwise
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is talkative
-
 import torch
+from measure import fastest, peak
 from torch.nn.functional import normalize, scaled_dot_product_attention
-from torch.profiler import ProfilerActivity, profile
 
 from icl.attention import memory_attention
 from icl.memory import chunkwise, learn, mesa
 
-WIDTH, REPEATS = 64, 5
-
-
-def fastest(*runs, repeats=REPEATS):
-    """The least seconds of each, the runs taking turns."""
-    best = [float("inf")] * len(runs)
-    for _ in range(repeats):
-        for n, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
-            best[n] = min(best[n], time.perf_counter() - start)
-    return best
-
-
-def peak(run):
-    """Most bytes that were allocated at one time while it ran, and not before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    now = most = 0
-    for event in seen.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+WIDTH = 64
 
 
 def drawn(tokens, heads=1, width=WIDTH):
