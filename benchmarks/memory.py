@@ -10,7 +10,9 @@ of width 64:
 - how time and memory of forward and backward grow from 1,024 to 16,384 tokens;
 - chunks of the default size against others;
 - Mesa at 512 tokens, its Newton steps one after another over ``mesa``;
-- forward and backward of delta attention over those of softmax attention, in 12 heads.
+- forward and backward of delta attention over those of softmax attention, in 12 heads;
+- the same of whole language models, the small ones of the chapter on memories, on one
+  text of 512 to 8,192 bytes.
 """
 
 from functools import partial
@@ -21,6 +23,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from icl.attention import memory_attention
 from icl.memory import chunkwise, learn, mesa
+from icl.training import gpt
 
 WIDTH = 64
 
@@ -121,6 +124,33 @@ def against_softmax():
         enter(f"delta attention over softmax, {tokens:,} tokens, seconds", b / a, "x")
 
 
+def language_models():
+    started = {"learned": True, "beta": 0.5, "momentum": 0.5}
+    arms = {
+        "softmax": None,
+        "linear": {"kind": "linear", "learned": True},
+        "delta": {"kind": "delta", "learned": True},
+        "delta, momentum": {"kind": "delta", **started},
+    }
+    lengths = (512, 1024, 2048, 4096, 8192)
+    models = [gpt("1m", 256, lengths[-1], attention=arm) for arm in arms.values()]
+    times, most = {}, {}
+    for length in lengths:
+        ids = torch.randint(256, (1, length))
+
+        def step(model, ids=ids):
+            model(input_ids=ids, labels=ids).loss.backward()
+            model.zero_grad()
+
+        runs = [partial(step, model) for model in models]
+        times[length] = dict(zip(arms, fastest(*runs, repeats=4), strict=True))
+        most[length] = dict(zip(arms, map(peak, runs), strict=True))
+    for name in arms:
+        what = f"small language model, {name}, both passes"
+        grows(what, "bytes of text", {n: times[n][name] for n in lengths})
+        grows(what, "bytes of text", {n: most[n][name] / 1e6 for n in lengths}, "MB")
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     against_the_recurrence()
@@ -128,4 +158,5 @@ if __name__ == "__main__":
     sizes()
     newton()
     against_softmax()
+    language_models()
     keep()
