@@ -90,7 +90,7 @@ def growth():
     name = (
         "delta rule by chunks, 16,384 tokens, memory over that of all tokens' weights"
     )
-    enter(name, most[16384] / weights, at_most=1)
+    enter(name, most[16384] / weights)
 
 
 def sizes():

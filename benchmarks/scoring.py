@@ -44,14 +44,14 @@ def main(n_queries, n_original):
     batch = harness.best_batch_size(sample[:: max(1, len(sample) // 4)])
     theirs, peer = timed(harness.score, sample, batch)
     on = f"{len(sample)} queries"
-    enter(f"seconds of the harness over ours, {on}", theirs / ours, "x", at_least=10)
+    enter(f"seconds of the harness over ours, {on}", theirs / ours, "x", at_least=20)
     compare("the harness's", scores, peer)
 
     few = sample[:n_original]
     took, peer = timed(original, model, tokenizer, few, words, prefix)
     took *= len(sample) / len(few)
     gained = took / ours
-    enter(f"seconds of the original way over ours, {on}", gained, "x", at_least=20)
+    enter(f"seconds of the original way over ours, {on}", gained, "x")
     compare("the original way's", scores[: len(few)], peer)
 
     whole = f"the whole set of {len(full):,} queries"
@@ -64,7 +64,7 @@ def main(n_queries, n_original):
     enter(f"seconds of our scorer, {whole}", ours_full, "s")
     enter(f"seconds of the harness, by its rate, over ours, {whole}", gained, "x")
     name = "gain over the harness, whole set, over the ratio of tokens to compute"
-    enter(name, gained / bound, at_least=0.5)
+    enter(name, gained / bound, at_least=0.8)
 
     rate, best = flops(model, shared, lengths) / ours_full, peak_rate()
     layers = [p for n, p in model.named_parameters() if "layers" in n and p.dim() > 1]
@@ -72,18 +72,19 @@ def main(n_queries, n_original):
     enter("rate of the scorer", rate / 1e9, "GFLOP/s")
     enter("rate of matrix products of the model's shapes", own / 1e9, "GFLOP/s")
     enter("the machine's measured peak", best / 1e9, "GFLOP/s")
-    enter("rate of the scorer over that of the model's shapes", rate / own)
+    name = "rate of the scorer over that of the model's shapes"
+    enter(name, rate / own, at_least=0.6)
     name = "rate of the scorer over the machine's measured peak"
-    enter(name, rate / best, at_least=0.5)
+    enter(name, rate / best)
     keep(task)
 
 
 def compare(whose, scores, peer):
     """Enter how far two arrays of scores agree."""
     same = (scores.argmax(1) == peer.argmax(1)).mean()
-    enter(f"share of predictions that are {whose}", same, at_least=0.99)
+    enter(f"share of predictions that are {whose}", same, at_least=1)
     error = np.abs(scores - peer).max()
-    enter(f"largest difference of a score from {whose}", error, "nats", at_most=1e-3)
+    enter(f"largest difference of a score from {whose}", error, "nats")
 
 
 @torch.inference_mode()
@@ -153,7 +154,7 @@ def inner_weights(model):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--queries", type=int, default=50)
+    parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--original", type=int, default=5, help="queries, one by one")
     options = parser.parse_args()
     main(options.queries, options.original)

@@ -13,7 +13,7 @@ from icl.attention.shared import (
     visible,
 )
 
-BLOCK = 128  # rows of scores that are held at a time
+BLOCK = 64  # rows of scores that are held at a time
 
 
 def regularised_attention(
@@ -303,10 +303,10 @@ class _LogNormaliser(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, scale):
-        ctx.scale, tokens = scale, query.shape[2]
+        ctx.scale, query = scale, query * scale
         total = torch.empty_like(query[..., 0])
-        for start in range(0, tokens, BLOCK):
-            scores = _earlier(query, key, scale, start)
+        for start in range(0, query.shape[2], BLOCK):
+            scores = _earlier(query, key, start)
             total[:, :, start : start + BLOCK] = scores.logsumexp(-1)
         ctx.save_for_backward(query, key, total)
         return total
@@ -314,25 +314,26 @@ class _LogNormaliser(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         query, key, total = ctx.saved_tensors
-        of_query, of_key = torch.zeros_like(query), torch.zeros_like(key)
+        of_query, of_key = torch.empty_like(query), torch.zeros_like(key)
         total = total.clamp(min=torch.finfo(total.dtype).min)  # nothing came before
+        less = torch.cat([query, -total[..., None]], -1), pad(key, (0, 1), value=1)
+        due = query * gradient[..., None]
         for start in range(0, query.shape[2], BLOCK):
             rows = slice(start, start + BLOCK)
-            weights = _earlier(query, key, ctx.scale, start)
-            weights = (weights - total[:, :, rows, None]).exp_()
-            weights *= gradient[:, :, rows, None] * ctx.scale
+            weights = _earlier(*less, start).exp_()
             end = weights.shape[-1]
             of_query[:, :, rows] = weights @ key[:, :, :end]
-            of_key[:, :, :end] += weights.mT @ query[:, :, rows]
-        return of_query, of_key, None
+            of_key[:, :, :end] += weights.mT @ due[:, :, rows]
+        return of_query * (gradient * ctx.scale)[..., None], of_key, None
 
 
-def _earlier(left, right, scale, start):
+def _earlier(left, right, start):
     """Scores of a block of tokens with those before them, the rest at -inf."""
     end = min(start + BLOCK, left.shape[2])
-    scores = left[:, :, start:end] @ right[:, :, :end].mT * scale
-    place = torch.arange(end, device=left.device)
-    return scores.masked_fill_(place >= place[start:, None], -torch.inf)
+    scores = left[:, :, start:end] @ right[:, :, :end].mT
+    later = torch.ones_like(scores[0, 0, :, start:], dtype=torch.bool).triu()
+    scores[..., start:].masked_fill_(later, -torch.inf)
+    return scores
 
 
 @torch.no_grad()

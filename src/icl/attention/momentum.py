@@ -1,7 +1,7 @@
 """Attention with momentum across tokens, and what it is to be compared with."""
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import hardshrink, pad
 
 from icl.attention.shared import (
     check_heads,
@@ -148,9 +148,9 @@ def heavy_ball_bias(mu, query, key, mask):
 class _Sums(torch.autograd.Function):
     """``first · Σ_{i<t} decay^(t-1-i) x_i`` along the tokens, with its gradients.
 
-    The gradient of x is the same sum from the other end. With F the sum and G its
-    gradient's, that of the decay is ``first · Σ_t F_t·G_t``, as the adjoint of
-    ``F_t = decay F_{t-1} + x_{t-1}``; F is made again and need not be kept.
+    With S the sum, ``S_t = decay S_{t-1} + first x_{t-1}``, and G the sum of its
+    gradient from the other end, the gradient of x is ``first G``, that of the decay
+    ``Σ_t S_t·G_t``, that of ``first`` ``Σ_t x_t·G_t``. S is made again, not kept.
     """
 
     @staticmethod
@@ -161,21 +161,18 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, decay, first = ctx.saved_tensors
-        one = torch.ones_like(first)
         of_decay = of_first = None
-        of_x = _scan(gradient, decay, one, back=True)
+        later = _scan(gradient, decay, torch.ones_like(first), back=True)
         if any(ctx.needs_input_grad[1:]):
-            of_decay, of_first = torch.zeros_like(first), torch.zeros_like(first)
-            for part in zip(*(t.chunk(4) for t in (x, gradient, of_x)), strict=True):
-                sums = _scan(part[0], decay, one)  # of a part, to need little memory
-                of_first += _by_head(sums * part[1], first)
-                of_decay += first * _by_head(sums.mul_(part[2]), first)
-        return of_x.mul_(first[:, None, None].to(x.dtype)), of_decay, of_first
+            of_first = _by_head(x, later, first)
+            of_decay = _by_head(_scan(x, decay, first), later, first)
+        return later.mul_(first[:, None, None].to(x.dtype)), of_decay, of_first
 
 
-def _by_head(x, like):
-    x = x.sum((0, 2, 3), dtype=like.dtype)
-    return x if len(like) > 1 else x.sum(0, keepdim=True)
+def _by_head(x, y, like):
+    """Inner products of the heads of x and y, in the shape of ``like``."""
+    products = torch.einsum("bhtd,bhtd->bht", x, y).sum((0, 2), dtype=like.dtype)
+    return products if len(like) > 1 else products.sum(0, keepdim=True)
 
 
 def _scan(x, decay, first, back=False):
@@ -223,6 +220,7 @@ def _weighted(weights, value, asked, mask):
     batch, kv_heads, length, width = value.shape
     value = summable(value)
     weights = pad(weights.to(value.dtype), (1, 0))
+    weights = hardshrink(weights, torch.finfo(value.dtype).tiny)  # denormals are slow
     if mask is None and tokens == 1:  # a step of decoding
         weights = weights.flip(1)[None, :, None]
     else:
