@@ -17,6 +17,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is talkative
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from filelock import FileLock
 from torch.profiler import ProfilerActivity, profile
@@ -26,7 +27,6 @@ from icl.results import provenance, read_table, table_path, write_table
 
 PEERS = ("lm_eval", "papermill", "distributed")
 SEED, DEMONSTRATIONS = 5, 32
-START = time.perf_counter()
 ROWS = []
 
 
@@ -80,7 +80,7 @@ def keep(task=None, seed=0):
         **facts,
         processor=processor(),
         threads=torch.get_num_threads(),
-        seconds=round(time.perf_counter() - START),
+        seconds=round(time.time() - psutil.Process().create_time()),
         peers={peer: version(peer) for peer in PEERS},
     )
     path = table_path(TABLE)
