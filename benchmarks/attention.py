@@ -17,14 +17,14 @@ Ratios of the least of several times, the two taking turns:
 from functools import partial
 
 import torch
-from measure import enter, fastest, grows, keep, peak, timed
+from measure import fastest, peak, record, record_curve, save, timed
 from torch.nn.functional import scaled_dot_product_attention
 
 from icl.attention import (
-    augmented_attention,
-    momentum_attention,
-    negative_attention,
-    regularised_attention,
+    AugmentedAttention,
+    MomentumAttention,
+    NegativeAttention,
+    RegularisedAttention,
 )
 
 HEADS, WIDTH = 12, 64
@@ -52,7 +52,7 @@ def momentum():
     for name, eta in [("fixed", torch.tensor(0.9)), ("learned a head", learned)]:
 
         def ours(eta=eta):
-            return momentum_attention(q, k, v, eta)
+            return MomentumAttention(eta=eta)(q, k, v)
 
         runs = [
             lambda: trained(usual, inputs),
@@ -60,14 +60,14 @@ def momentum():
         ]
         a, b = fastest(*runs)
         over = f"momentum attention over softmax, 1,024 tokens, eta {name}"
-        enter(f"{over}, seconds", b / a, "x", at_most=1.1)
+        record(f"{over}, seconds", b / a, "x", at_most=1.1)
         a, b = map(peak, runs)
-        enter(f"{over}, memory", b / a, "x", at_most=1.1)
+        record(f"{over}, memory", b / a, "x", at_most=1.1)
 
     times = {}
     for tokens in (1024, 2048, 4096, 8192, 16384):
         q, k, v = (x.detach() for x in drawn(1, tokens))
-        scan = partial(momentum_attention, v, v, v, 0.9, softmax=False)
+        scan = partial(MomentumAttention(eta=0.9, softmax=False), v, v, v)
         (times[tokens],) = fastest(scan)
         if tokens == 8192:
             age = torch.arange(tokens)
@@ -84,18 +84,18 @@ def momentum():
 
             (slow,), naive = fastest(dense), timed(loops)[0] * (tokens / 512) ** 2
             over = "over the scan, sum of momentum, 8,192 tokens"
-            enter(f"a double loop {over}", naive / times[tokens], "x", at_least=50)
-            enter(f"a dense matrix {over}", slow / times[tokens], "x", at_least=5)
-    grows("sum of momentum by the scan", "tokens", times, at_most=1.1)
+            record(f"a double loop {over}", naive / times[tokens], "x", at_least=50)
+            record(f"a dense matrix {over}", slow / times[tokens], "x", at_least=5)
+    record_curve("sum of momentum by the scan", "tokens", times, at_most=1.1)
 
     q, k, v = (x.detach() for x in drawn(1, 1, 4096))
     runs = [
         lambda: [scaled_dot_product_attention(q, k, v) for _ in range(50)],
-        lambda: [momentum_attention(q, k, v, 0.9) for _ in range(50)],
+        lambda: [MomentumAttention(eta=0.9)(q, k, v) for _ in range(50)],
     ]
     a, b = fastest(*runs)
     name = "momentum attention over softmax, a token behind 4,096"
-    enter(name, b / a, "x", at_most=2)
+    record(name, b / a, "x", at_most=2)
 
 
 def contrast():
@@ -104,26 +104,27 @@ def contrast():
     def usual():
         return scaled_dot_product_attention(q, k, v, is_causal=True)
 
+    free = {"of_key": torch.neg, "of_value": torch.neg}
     contrasts = {
-        "regularised": lambda: regularised_attention(q, k, v, 0.5),
-        "augmented": lambda: augmented_attention(q, k, v, torch.neg, torch.neg),
-        "negatives, k = 8": lambda: negative_attention(q, k, v, 0.5, 8),
-        "negatives, k = 64": lambda: negative_attention(q, k, v, 0.5, 64),
+        "regularised": lambda: RegularisedAttention(alpha=0.5)(q, k, v),
+        "augmented": lambda: AugmentedAttention()(q, k, v, **free),
+        "negatives, k = 8": lambda: NegativeAttention(beta=0.5, k=8)(q, k, v),
+        "negatives, k = 64": lambda: NegativeAttention(beta=0.5, k=64)(q, k, v),
     }
     for name, ours in contrasts.items():
         runs = [lambda: trained(usual, inputs), lambda ours=ours: trained(ours, inputs)]
         a, b = fastest(*runs)
         most = 4 if name.startswith("negatives") else 2
-        enter(f"{name}, over softmax, 1,024 tokens, seconds", b / a, "x", at_most=most)
+        record(f"{name}, over softmax, 1,024 tokens, seconds", b / a, "x", at_most=most)
     q, k, v = inputs = drawn(1, 4096)
     for name in ("regularised", "negatives, k = 8"):
         most = peak(lambda name=name: trained(contrasts[name], inputs))
         over = f"{name}, 4,096 tokens, memory over that of one matrix of scores"
-        enter(over, most / (4 * HEADS * 4096**2))
+        record(over, most / (4 * HEADS * 4096**2))
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     momentum()
     contrast()
-    keep()
+    save()

@@ -12,12 +12,12 @@ query and label; the latter on few. The least of two times counts:
 import argparse
 from functools import partial
 
-from measure import SEED, enter, fastest, grows, keep, peak_rate, smollm2_on_mr
+from measure import SEED, fastest, peak_rate, record, record_curve, save, smollm2_on_mr
 from scoring import flops, inner_weights, original
 
 from icl.scoring import score
 from icl.tasks import prompt_prefix, token_counts
-from icl.training import SIZES, gpt
+from icl.training import SIZES, build_gpt2
 
 QUERIES = 32  # where their number is not what grows
 
@@ -35,31 +35,31 @@ def main(sizes):
 
     ours = {n: least(score, *setting(n, usual)) for n in (16, 32, 64, 128, 256)}
     theirs = {n: least(original, *setting(n, usual)) for n in (1, 2, 4)}
-    grows("packed scorer", "queries", ours)
-    grows("a pass for each query and label", "queries", theirs)
+    record_curve("packed scorer", "queries", ours)
+    record_curve("a pass for each query and label", "queries", theirs)
 
     ours, theirs = {}, {}
     for k in (4, 8, 16, 32, 64):
         examples = task.sample(k, SEED)
         ours[k] = least(score, *setting(QUERIES, examples)) / QUERIES
         theirs[k] = least(original, *setting(1, examples))
-    grows(f"packed scorer, a query of {QUERIES}", "demonstrations", ours)
-    grows("a pass for each label, a query", "demonstrations", theirs)
+    record_curve(f"packed scorer, a query of {QUERIES}", "demonstrations", ours)
+    record_curve("a pass for each label, a query", "demonstrations", theirs)
 
     seconds = {}
     for size in sizes:
-        random = gpt(size, len(tokenizer), 2048).eval()
+        random = build_gpt2(size, len(tokenizer), 2048).eval()
         arguments = setting(QUERIES, task.sample(16, SEED), random)
         weights = inner_weights(random)
         seconds[weights] = least(score, *arguments)
     what = f"packed scorer, {QUERIES} queries, GPT-2 of random weights"
-    grows(what, "parameters", seconds, last=3)
+    record_curve(what, "parameters", seconds, last=3)
     *_, prefix = arguments
     lengths = token_counts(tokenizer, queries[:QUERIES])
     work = flops(random, token_counts(tokenizer, [prefix])[0], lengths)
     rate = work / seconds[weights] / peak_rate()
-    enter(f"rate of scoring with {size} over the machine's measured peak", rate)
-    keep(task)
+    record(f"rate of scoring with {size} over the machine's measured peak", rate)
+    save(task)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Seconds with the default over seconds with oneDNN for SmolLM2 on MR: scoring without and
 behind 32 demonstrations, and finetuning. The two take turns, the least of two times
-counts, and the answers are compared. What the ratio is depends on the processor: about
+counts, and the answers are compared. What the ratio is depends on the CPU: about
 1 where the default BLAS knows it well.
 """
 
@@ -10,10 +10,10 @@ import time
 
 import numpy as np
 import torch
-from measure import enter, keep, smollm2_on_mr
+from measure import record, save, smollm2_on_mr
 
 from icl.finetuning import kv_sgd
-from icl.models import _Linear
+from icl.models import OneDNNLinear
 from icl.scoring import score
 from icl.tasks import prompt_prefix
 
@@ -34,18 +34,18 @@ def main():
     maps = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     for name, run in work.items():
         best, found = {}, {}
-        for kind in [torch.nn.Linear, _Linear] * REPEATS:
+        for kind in [torch.nn.Linear, OneDNNLinear] * REPEATS:
             for module in maps:
                 module.__class__ = kind
             start = time.perf_counter()
             found[kind] = run()
             took = time.perf_counter() - start
             best[kind] = min(took, best.get(kind, took))
-        plain, own = best[torch.nn.Linear], best[_Linear]
-        error = np.abs(found[torch.nn.Linear] - found[_Linear]).max()
-        enter(f"{name}, seconds by torch's default over oneDNN", plain / own, "x")
-        enter(f"{name}, largest difference of an answer", error, "nats")
-    keep(task)
+        plain, own = best[torch.nn.Linear], best[OneDNNLinear]
+        error = np.abs(found[torch.nn.Linear] - found[OneDNNLinear]).max()
+        record(f"{name}, seconds by torch's default over oneDNN", plain / own, "x")
+        record(f"{name}, largest difference of an answer", error, "nats")
+    save(task)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What several benchmarks measure with, and how their figures get into the table.
 
-A script enters its figures with :func:`enter` and :func:`grows`, which print them, and
-ends with :func:`keep`, which puts them into ``results/benchmarks.csv`` in place of
-those it entered before. ``icl.benchmarks`` makes the book's page of them.
+A script records its figures with :func:`record` and :func:`record_curve`, which print
+them, and ends with :func:`save`, which puts them into ``results/benchmarks.csv`` in
+place of those it saved before. ``book/benchmarks.ipynb`` is the page of that table.
 """
 
+import json
 import os
 import platform
 import sys
@@ -22,52 +23,71 @@ import torch
 from filelock import FileLock
 from torch.profiler import ProfilerActivity, profile
 
-from icl.benchmarks import TABLE, asked, told
-from icl.results import provenance, read_table, table_path, write_table
+from icl_book.store import (
+    FORMAT,
+    environment,
+    read_table,
+    table_path,
+    write_atomically,
+)
 
+TABLE = "benchmarks"  # in results/
 PEERS = ("lm_eval", "papermill", "distributed")
 SEED, DEMONSTRATIONS = 5, 32
 ROWS = []
 
 
-def enter(what, value, unit="", at=None, of=None, at_least=None, at_most=None):
+def format_value(value, unit=""):
+    """Three digits, without powers of ten where it can be, and the unit."""
+    return f"{float(f'{value:.3g}'):,.9g} {unit}".rstrip()
+
+
+def format_target(at_least=None, at_most=None):
+    """The bounds of a figure in words, empty if it has none."""
+    bounds = [("at least", at_least), ("at most", at_most)]
+    given = [(how, bound) for how, bound in bounds if bound is not None]
+    return ", ".join(f"{how} {format_value(bound)}" for how, bound in given)
+
+
+def record(what, value, unit="", at=None, of=None, at_least=None, at_most=None):
     """Print a figure, and keep it for the table.
 
     Args:
-        what: was measured, in words.
+        what: name of the figure, in words.
         value, unit: the figure.
         at, of: for a point of a curve, its place, and what is counted there.
-        at_least, at_most: what is asked of it, if anything is.
+        at_least, at_most: the target, if there is one.
     """
     row = {"benchmark": Path(sys.argv[0]).stem, "what": what, "at": at, "of": of}
     row |= {"value": float(value), "unit": unit}
     row |= {"at_least": at_least, "at_most": at_most}
     ROWS.append(row)
     place = "" if at is None else f", {at:,} {of}"
-    wanted = f" (asked: {asked(row)})" if asked(row) else ""
-    print(f"{what}{place}: {told(row)}{wanted}", flush=True)
+    target = format_target(at_least, at_most)
+    target = f" (target: {target})" if target else ""
+    print(f"{what}{place}: {format_value(row['value'], unit)}{target}", flush=True)
 
 
-def grows(what, of, points, unit="s", last=5, at_most=None):
-    """Enter a curve, and the power by which its ``last`` points grow.
+def record_curve(what, of, points, unit="s", last=5, at_most=None):
+    """Record a curve, and the power by which its ``last`` points grow.
 
     Args:
-        what: was measured, in words.
+        what: name of the curve, in words.
         of: what is counted along the curve.
         points: the figure at each count.
-        at_most: what is asked of the power.
+        at_most: the target of the power.
     """
     for at, value in points.items():
-        enter(what, value, unit, at, of)
+        record(what, value, unit, at, of)
     fitted = sorted(points)[-last:]
     power = np.polyfit(np.log(fitted), np.log([points[at] for at in fitted]), 1)[0]
     kind = "memory" if unit == "MB" else "time"
     name = f"{what}, {kind} grows as a power of {of} ({fitted[0]:,} to {fitted[-1]:,})"
-    enter(name, power, at_most=at_most)
+    record(name, power, at_most=at_most)
 
 
-def keep(task=None, seed=0):
-    """Put what was entered into the table, in place of this script's older rows.
+def save(task=None, seed=0):
+    """Put the recorded figures into the table, in place of this script's older rows.
 
     Args:
         task: whose text was read; left out, all numbers were drawn from ``seed``.
@@ -76,25 +96,29 @@ def keep(task=None, seed=0):
     if task is not None:
         facts = {"seeds": [SEED], "model": "smollm2-135m", "task": task.name}
         facts |= {"data_sha256": task.digest(), "data_source": task.source}
-    facts = provenance(
+    facts = {
+        "command": " ".join(["python", *sys.argv]),
+        "format": FORMAT,
         **facts,
-        processor=processor(),
-        threads=torch.get_num_threads(),
-        seconds=round(time.time() - psutil.Process().create_time()),
-        peers={peer: version(peer) for peer in PEERS},
-    )
-    path = table_path(TABLE)
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.time() - psutil.Process().create_time()),
+        "peers": {peer: version(peer) for peer in PEERS},
+        **environment(),
+    }
+    path, new = table_path(TABLE), pd.DataFrame(ROWS)
     with FileLock(path.with_name(f".{TABLE}.lock")):
-        table, about = read_table(TABLE) if path.is_file() else (None, {})
-        new = pd.DataFrame(ROWS)
-        if table is not None:
-            new = pd.concat([table[table["benchmark"] != name], new])
+        table, about = read_table(TABLE) if path.is_file() else (new[:0], {})
+        new = pd.concat([table[table["benchmark"] != name], new])
         new = new.sort_values("benchmark", kind="stable")
-        write_table(TABLE, new, dict(sorted((about | {name: facts}).items())))
+        about = dict(sorted((about | {name: facts}).items()))
+        write_atomically(path, new.to_csv(index=False))
+        about = json.dumps(about, indent=2) + "\n"
+        write_atomically(path.with_suffix(".json"), about)
 
 
 def processor():
-    """The processor's own name, where the system tells it."""
+    """The CPU's own name, where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -140,11 +164,11 @@ def peak_rate(sizes=(1024, 2048, 4096)):
 
 def product_rate(pairs):
     """Operations a second of some products ``x Wᵀ``, by the faster of two libraries."""
-    from icl.models import _product
+    from icl.models import onednn_product
 
     libraries = [torch.nn.functional.linear]
     if torch.backends.mkldnn.is_available():
-        libraries.append(_product)
+        libraries.append(onednn_product)
 
     def by(library):
         for x, weight in pairs:

@@ -4,9 +4,9 @@ Ratios of the least of several times, the two taking turns, for keys and values
 of width 64:
 
 - the delta rule at 4,096 tokens, forward alone, and forward and backward: the
-  recurrence of ``icl.memory.learn``, and a loop with nothing but the delta rule in it,
-  over ``chunkwise``; for one head and, forward, for eight; then with decay and
-  momentum;
+  loop ``icl.online.recurrent`` ("learn" in the table), and a loop with nothing but the
+  delta rule in it, over ``chunkwise``; for one head and, forward, for eight; then with
+  decay and momentum;
 - how time and memory of forward and backward grow from 1,024 to 16,384 tokens;
 - chunks of the default size against others;
 - Mesa at 512 tokens, its Newton steps one after another over ``mesa``;
@@ -18,12 +18,12 @@ of width 64:
 from functools import partial
 
 import torch
-from measure import enter, fastest, grows, keep, peak
+from measure import fastest, peak, record, record_curve, save
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from icl.attention import memory_attention
-from icl.memory import chunkwise, learn, mesa
-from icl.training import gpt
+from icl.attention import DeltaAttention
+from icl.online import chunkwise, mesa, recurrent
+from icl.training import build_gpt2
 
 WIDTH = 64
 
@@ -59,10 +59,10 @@ def trained(attend, inputs):
 def against_the_recurrence():
     gated = {"decay": 0.99, "momentum": 0.5}
     rules = {
-        "delta rule, learn": (learn, chunkwise),
+        "delta rule, learn": (recurrent, chunkwise),
         "delta rule, a bare loop": (bare, chunkwise),
         "delta rule with decay and momentum, learn": [
-            partial(f, **gated) for f in (learn, chunkwise)
+            partial(f, **gated) for f in (recurrent, chunkwise)
         ],
     }
     for name, attends in rules.items():
@@ -74,7 +74,7 @@ def against_the_recurrence():
             pass_ = "forward" if how is forward else "forward and backward"
             what = f"{name} over chunkwise, 4,096 tokens, heads: {heads}, {pass_}"
             wanted = 20 if heads == 1 and "momentum" not in name else None
-            enter(what, a / b, "x", at_least=wanted)
+            record(what, a / b, "x", at_least=wanted)
 
 
 def growth():
@@ -84,13 +84,13 @@ def growth():
         (times[tokens],) = fastest(run)
         most[tokens] = peak(run) / 1e6
     what = "delta rule by chunks, 4 heads, both passes"
-    grows(what, "tokens", times, at_most=1.1)
-    grows(what, "tokens", most, "MB", at_most=1.1)
+    record_curve(what, "tokens", times, at_most=1.1)
+    record_curve(what, "tokens", most, "MB", at_most=1.1)
     weights = 4 * 4 * 16384 * WIDTH**2 / 1e6
     name = (
         "delta rule by chunks, 16,384 tokens, memory over that of all tokens' weights"
     )
-    enter(name, most[16384] / weights)
+    record(name, most[16384] / weights)
 
 
 def sizes():
@@ -100,20 +100,20 @@ def sizes():
         *(partial(trained, attend, inputs) for attend in (chunkwise, *attends))
     )
     name = "chunks of the default size over the best of 16 to 256, seconds"
-    enter(name, usual / min(times), "x")
+    record(name, usual / min(times), "x")
 
 
 def newton():
     inputs = [x.detach() for x in drawn(512)]
-    full = partial(learn, precondition="full", decayed=False)
+    full = partial(recurrent, precondition="full", decayed=False)
     runs = [partial(forward, attend, inputs) for attend in (full, mesa)]
     a, b = fastest(*runs, repeats=2)
-    enter("Newton steps over mesa, 512 tokens, forward", a / b, "x")
+    record("Newton steps over mesa, 512 tokens, forward", a / b, "x")
 
 
 def against_softmax():
     def delta(q, k, v):
-        return (memory_attention(q, k, v),)
+        return (DeltaAttention()(q, k, v),)
 
     def softmax(q, k, v):
         return (scaled_dot_product_attention(q, k, v, is_causal=True),)
@@ -121,7 +121,7 @@ def against_softmax():
     for tokens in (1024, 4096):
         inputs = drawn(tokens, 12)[:3]
         a, b = fastest(*(partial(trained, f, inputs) for f in (softmax, delta)))
-        enter(f"delta attention over softmax, {tokens:,} tokens, seconds", b / a, "x")
+        record(f"delta attention over softmax, {tokens:,} tokens, seconds", b / a, "x")
 
 
 def language_models():
@@ -133,7 +133,7 @@ def language_models():
         "delta, momentum": {"kind": "delta", **started},
     }
     lengths = (512, 1024, 2048, 4096, 8192)
-    models = [gpt("1m", 256, lengths[-1], attention=arm) for arm in arms.values()]
+    models = [build_gpt2("1m", 256, lengths[-1], attention=a) for a in arms.values()]
     times, most = {}, {}
     for length in lengths:
         ids = torch.randint(256, (1, length))
@@ -147,8 +147,10 @@ def language_models():
         most[length] = dict(zip(arms, map(peak, runs), strict=True))
     for name in arms:
         what = f"small language model, {name}, both passes"
-        grows(what, "bytes of text", {n: times[n][name] for n in lengths})
-        grows(what, "bytes of text", {n: most[n][name] / 1e6 for n in lengths}, "MB")
+        record_curve(what, "bytes of text", {n: times[n][name] for n in lengths})
+        record_curve(
+            what, "bytes of text", {n: most[n][name] / 1e6 for n in lengths}, "MB"
+        )
 
 
 if __name__ == "__main__":
@@ -159,4 +161,4 @@ if __name__ == "__main__":
     newton()
     against_softmax()
     language_models()
-    keep()
+    save()

@@ -6,7 +6,7 @@ what it records as JSON text. For SmolLM2 and MR behind 32 demonstrations:
 0. seconds and peak memory of one whole setting on 500 queries (zero-shot, in
    context, finetuning, finetuned; all recordings at both positions; all
    measures);
-1. seconds of the original way over seconds of ``icl.recording.record``, for the
+1. seconds of the original way over seconds of ``icl.activations.record``, for the
    in-context pass and for a whole setting (zero-shot, in context, finetuning,
    finetuned; all recordings; all measures), results compared;
 2. seconds of recording over seconds of scoring alone.
@@ -20,14 +20,19 @@ import time
 from functools import partial
 from pathlib import Path
 
+import measure
 import numpy as np
 import torch
-from measure import enter, keep, smollm2_on_mr, timed
 
-from icl.comparison import Subject, finetune_watched, similarities
-from icl.finetuning import updated
-from icl.heads import watch_queries
-from icl.recording import POSITIONS, _watch_outputs, record
+from icl.activations import (
+    POSITIONS,
+    capture_outputs,
+    capture_queries,
+    read_recording,
+    record,
+)
+from icl.comparison import Evaluator, finetune_with_queries, similarities
+from icl.finetuning import applied_update
 from icl.scoring import score
 from icl.tasks import demonstration_of_tokens, prompt_prefix
 
@@ -35,18 +40,18 @@ LEARNING_RATE = 1e-3
 
 
 def main(n_whole, n_queries, n_overhead):
-    model, tokenizer, task, demonstrations = smollm2_on_mr()
+    model, tokenizer, task, demonstrations = measure.smollm2_on_mr()
     prefix = prompt_prefix(task, demonstrations, tokenizer)
     texts = [task.demonstration(e) for e in demonstrations]
     queries = [task.query(e) for e in task.evaluation[:n_queries]]
     words = task.label_words
     score(model, tokenizer, queries[:4], words, prefix)  # warm-up
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject(model, tokenizer, task.head(n_whole))
-        took, _ = timed(whole_setting, subject, demonstrations, Path(folder))
-        enter(f"a whole setting, {n_whole:,} queries", took, "s", at_most=300)
+        evaluator = Evaluator(model, tokenizer, task.head(n_whole))
+        took, _ = measure.timed(whole_setting, evaluator, demonstrations, Path(folder))
+        measure.record(f"a whole setting, {n_whole:,} queries", took, "s", at_most=300)
         name = f"a whole setting, {n_whole:,} queries, peak memory"
-        enter(name, peak(), "GiB", at_most=4)
+        measure.record(name, peak(), "GiB", at_most=4)
         ways = {"packed": packed, "one by one": one_by_one}
         took, found = {}, {}
         for way, run in ways.items():
@@ -56,32 +61,34 @@ def main(n_whole, n_queries, n_overhead):
         for part, least in (("in context", 15), ("whole setting", 5)):
             ours, theirs = (took[way][part] for way in ways)
             name = f"seconds of recording one by one over ours, {n_queries} queries"
-            enter(f"{name}, {part}", theirs / ours, "x", at_least=least)
+            measure.record(f"{name}, {part}", theirs / ours, "x", at_least=least)
         apart = [abs(found["one by one"][n] - v) for n, v in found["packed"].items()]
         name = "largest difference of a measure between the two"
-        enter(name, max(apart))
+        measure.record(name, max(apart))
 
         more = [task.query(e) for e in task.evaluation[:n_overhead]]
         arguments = model, tokenizer, more, words, prefix
-        alone, _ = timed(score, *arguments)
-        with_all, _ = timed(record, *arguments, folder=Path(folder) / "more")
+        alone, _ = measure.timed(score, *arguments)
+        with_all, _ = measure.timed(
+            packed, *arguments[:-1], Path(folder), "more", prefix
+        )
         name = f"seconds of recording over scoring alone, {n_overhead} queries"
-        enter(name, with_all / alone, "x", at_most=1.2)
-    keep(task)
+        measure.record(name, with_all / alone, "x", at_most=1.2)
+    measure.save(task)
 
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def whole_setting(subject, demonstrations, folder):
+def whole_setting(evaluator, demonstrations, folder):
     """All measures at both positions, by position."""
-    zsl = subject.record(folder / "whole-zsl")
-    icl = subject.record(folder / "whole-icl", demonstrations)
-    update, training = subject.finetune(demonstrations, LEARNING_RATE)
-    with updated(subject.model, update):
-        ft = subject.record(folder / "whole-ft")
-    owner = demonstration_of_tokens(subject.task, demonstrations, subject.tokenizer)
+    zsl = evaluator.record(folder / "whole-zsl")
+    icl = evaluator.record(folder / "whole-icl", demonstrations)
+    update, training = evaluator.finetune(demonstrations, LEARNING_RATE)
+    with applied_update(evaluator.model, update):
+        ft = evaluator.record(folder / "whole-ft")
+    owner = demonstration_of_tokens(evaluator.task, demonstrations, evaluator.tokenizer)
     return {p: similarities(zsl[p], ft[p], icl[p], training, owner) for p in POSITIONS}
 
 
@@ -89,9 +96,9 @@ def setting(model, tokenizer, texts, prefix, owner, run):
     """Seconds of the parts of one setting, and its measures."""
     start = time.perf_counter()
     zsl = run("zsl", "")
-    in_context, icl = timed(run, "icl", prefix)
-    update, training = finetune_watched(model, tokenizer, texts, LEARNING_RATE)
-    with updated(model, update):
+    in_context, icl = measure.timed(run, "icl", prefix)
+    update, training = finetune_with_queries(model, tokenizer, texts, LEARNING_RATE)
+    with applied_update(model, update):
         ft = run("ft", "")
     measures = similarities(zsl, ft, icl, training, owner)
     whole = time.perf_counter() - start
@@ -101,7 +108,8 @@ def setting(model, tokenizer, texts, prefix, owner, run):
 
 def packed(model, tokenizer, queries, words, folder, name, prefix):
     folder = folder / name
-    return record(model, tokenizer, queries, words, prefix, folder=folder)["prompt"]
+    record(model, tokenizer, queries, words, prefix, folder=folder)
+    return read_recording(folder)["prompt"]
 
 
 class Rows:
@@ -125,7 +133,7 @@ def one_by_one(model, tokenizer, queries, words, folder, name, prefix):
     with open(folder / f"{name}.jsonl", "w") as file:
         for query in queries:
             ids = torch.tensor([before + encode(query)])
-            with watch_queries(model) as seen, _watch_outputs(model) as outputs:
+            with capture_queries(model) as seen, capture_outputs(model) as outputs:
                 cache = model(ids, use_cache=True).past_key_values
             maps = []
             for q, layer in zip(seen, cache.layers, strict=True):

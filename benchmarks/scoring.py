@@ -19,7 +19,7 @@ import re
 
 import numpy as np
 import torch
-from measure import enter, keep, peak_rate, product_rate, smollm2_on_mr, timed
+from measure import peak_rate, product_rate, record, save, smollm2_on_mr, timed
 
 from icl.scoring import PACK_TOKENS, score
 from icl.tasks import prompt_prefix, token_counts
@@ -36,7 +36,7 @@ def main(n_queries, n_original):
     sample = [task.query(e) for e in task.head(n_queries).evaluation]
     full = [task.query(e) for e in task.evaluation]
     shared = token_counts(tokenizer, [prefix])[0]
-    enter("tokens of the demonstrations", shared)
+    record("tokens of the demonstrations", shared)
 
     score(model, tokenizer, sample[:4], words, prefix)  # warm-up
     ours, scores = timed(score, model, tokenizer, sample, words, prefix)
@@ -44,14 +44,14 @@ def main(n_queries, n_original):
     batch = harness.best_batch_size(sample[:: max(1, len(sample) // 4)])
     theirs, peer = timed(harness.score, sample, batch)
     on = f"{len(sample)} queries"
-    enter(f"seconds of the harness over ours, {on}", theirs / ours, "x", at_least=20)
+    record(f"seconds of the harness over ours, {on}", theirs / ours, "x", at_least=20)
     compare("the harness's", scores, peer)
 
     few = sample[:n_original]
     took, peer = timed(original, model, tokenizer, few, words, prefix)
     took *= len(sample) / len(few)
     gained = took / ours
-    enter(f"seconds of the original way over ours, {on}", gained, "x")
+    record(f"seconds of the original way over ours, {on}", gained, "x")
     compare("the original way's", scores[: len(few)], peer)
 
     whole = f"the whole set of {len(full):,} queries"
@@ -61,30 +61,30 @@ def main(n_queries, n_original):
     theirs_full = theirs * tokens / (sum(sampled) + shared * len(sampled))
     bound = tokens / (sum(lengths) + shared)
     gained = theirs_full / ours_full
-    enter(f"seconds of our scorer, {whole}", ours_full, "s")
-    enter(f"seconds of the harness, by its rate, over ours, {whole}", gained, "x")
+    record(f"seconds of our scorer, {whole}", ours_full, "s")
+    record(f"seconds of the harness, by its rate, over ours, {whole}", gained, "x")
     name = "gain over the harness, whole set, over the ratio of tokens to compute"
-    enter(name, gained / bound, at_least=0.8)
+    record(name, gained / bound, at_least=0.8)
 
     rate, best = flops(model, shared, lengths) / ours_full, peak_rate()
     layers = [p for n, p in model.named_parameters() if "layers" in n and p.dim() > 1]
     own = product_rate([(torch.randn(PACK_TOKENS, w.shape[1]), w) for w in layers])
-    enter("rate of the scorer", rate / 1e9, "GFLOP/s")
-    enter("rate of matrix products of the model's shapes", own / 1e9, "GFLOP/s")
-    enter("the machine's measured peak", best / 1e9, "GFLOP/s")
+    record("rate of the scorer", rate / 1e9, "GFLOP/s")
+    record("rate of matrix products of the model's shapes", own / 1e9, "GFLOP/s")
+    record("the machine's measured peak", best / 1e9, "GFLOP/s")
     name = "rate of the scorer over that of the model's shapes"
-    enter(name, rate / own, at_least=0.6)
+    record(name, rate / own, at_least=0.6)
     name = "rate of the scorer over the machine's measured peak"
-    enter(name, rate / best)
-    keep(task)
+    record(name, rate / best)
+    save(task)
 
 
 def compare(whose, scores, peer):
-    """Enter how far two arrays of scores agree."""
+    """Record how far two arrays of scores agree."""
     same = (scores.argmax(1) == peer.argmax(1)).mean()
-    enter(f"share of predictions that are {whose}", same, at_least=1)
+    record(f"share of predictions that are {whose}", same, at_least=1)
     error = np.abs(scores - peer).max()
-    enter(f"largest difference of a score from {whose}", error, "nats")
+    record(f"largest difference of a score from {whose}", error, "nats")
 
 
 @torch.inference_mode()

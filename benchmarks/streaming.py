@@ -35,24 +35,26 @@ def main(d, d_r, longest, at, explicit, threads):
         upto = [T for T in lengths if explicit >= T or method != "explicit"]
         found[method] = {T: apart(method, T, d, d_r, threads) for T in upto}
     # Not before: a process begins with the peak of the one that has started it.
-    from measure import enter, grows, keep
+    from measure import record, record_curve, save
 
     for method, rows in found.items():
         seconds = {T: row["seconds"] for T, row in rows.items()}
-        grows(f"{method} attention", "tokens", seconds, last=4, at_most=METHODS[method])
+        record_curve(
+            f"{method} attention", "tokens", seconds, last=4, at_most=METHODS[method]
+        )
     ours, fused, theirs = (rows[at] for rows in found.values())
     size = f"{at:,} tokens"
     ratio = fused["seconds"] / ours["seconds"]
-    enter(f"fused over streaming, {size}, seconds", ratio, "x", at_least=1)
+    record(f"fused over streaming, {size}, seconds", ratio, "x", at_least=1)
     ratio = theirs["seconds"] / ours["seconds"]
-    enter(f"explicit over streaming, {size}, seconds", ratio, "x", at_least=1)
+    record(f"explicit over streaming, {size}, seconds", ratio, "x", at_least=1)
     share = ours["mb"] / (4 * at**2 / 1e6)
-    enter(f"streaming over one T × T matrix, {size}, memory", share, at_most=0.1)
+    record(f"streaming over one T × T matrix, {size}, memory", share, at_most=0.1)
     share = ours["mb"] / theirs["mb"]
-    enter(f"streaming over explicit, {size}, memory", share)
+    record(f"streaming over explicit, {size}, memory", share)
     name = f"median relative error of streaming at norm {NORM:g}, {size}"
-    enter(name, ours["error"])
-    keep()
+    record(name, ours["error"])
+    save()
 
 
 def apart(method, T, d, d_r, threads):

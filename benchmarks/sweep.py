@@ -16,15 +16,13 @@ import time
 from pathlib import Path
 
 import nbformat
-import papermill
 import yaml
-from measure import enter, keep
+from measure import record, save, timed
 
-from icl.grid import plan, read_grid, state, write_record
-from icl.results import ROOT
-from icl.runner import QUIET
-from icl.sweep import about, connect, perform
-from icl.warm import Warm, modules_of
+from icl_book.execute import Provisioner, inputs, plan, run_once
+from icl_book.forkserver import ForkServer, modules_of
+from icl_book.store import NOTEBOOK, read_run, save_run
+from icl_book.sweep import connect, expand, read_grid, run_one
 
 PARAMETERS = """
 n: int = 0  # 0..999: number
@@ -34,7 +32,7 @@ model: str = "smollm2-135m"  # read by the notebook
 LOAD = """
 import matplotlib.pyplot as plt
 import torch
-from icl import chapter
+from icl_book import page
 from icl.models import load_model
 
 lm, tokenizer = load_model(model)
@@ -61,34 +59,26 @@ def write(folder, body, **grid):
     return path
 
 
-def overhead(source, repeats):
-    """Seconds of a run and of its cells: warm, then from nothing."""
-    notebook = nbformat.read(source, as_version=4)
-    modules, model = modules_of(notebook), ["smollm2-135m", "auto"]
+def overhead(notebook, folder, repeats):
+    """Seconds of a run beside its cells, by what its kernel starts from."""
     start = time.perf_counter()
-    warm = Warm(modules, model, 1, QUIET, str(ROOT))
-    enter("the warm process is ready after", time.perf_counter() - start, "s")
-    found = {}
-    for kind in ["warm", "from nothing"] * repeats:
-        with tempfile.TemporaryDirectory() as scratch:
-            options = {"kernel_name": "python3", "cwd": ROOT, "progress_bar": False}
-            if kind == "warm":
-                options["kernel_manager_class"] = warm.manager(scratch)
-            start = time.perf_counter()
-            done = papermill.execute_notebook(source, f"{scratch}/run.ipynb", **options)
-            took = time.perf_counter() - start
-        cells = sum(cell.metadata.papermill.duration or 0 for cell in done.cells)
-        found.setdefault(kind, []).append((took, cells))
-    warm.close()
+    server = ForkServer(modules_of(notebook), ["smollm2-135m", "auto"], 1)
+    record("the warm process is ready after", time.perf_counter() - start, "s")
+    starts = {"warm": server.provisioner(), "from nothing": Provisioner}
+    found = {kind: [] for kind in starts}
+    for n in range(repeats):
+        for kind, provisioner in starts.items():
+            (run,) = plan(notebook, [{"n": n}], folder / kind, threads=1)
+            took, _ = timed(run_once, run, provisioner=provisioner)
+            done = nbformat.read(run.folder / NOTEBOOK, as_version=4)
+            cells = sum(cell.metadata.papermill.duration or 0 for cell in done.cells)
+            found[kind].append((took, cells))
+    server.close()
     for kind, times in found.items():
         took, cells = map(statistics.median, zip(*times, strict=True))
-        limit = 3 if kind == "warm" else None
-        enter(
-            f"a run in a kernel {kind}, beside its cells",
-            took - cells,
-            "s",
-            at_most=limit,
-        )
+        most = 3 if kind == "warm" else None
+        name = f"a run in a kernel {kind}, beside its cells"
+        record(name, took - cells, "s", at_most=most)
 
 
 def efficiency(folder, runs, seconds):
@@ -102,34 +92,37 @@ def efficiency(folder, runs, seconds):
     took = {}
     for workers in (1, 2):
         own = folder / str(workers)
-        own.mkdir()
+        (own / "runs").mkdir(parents=True)
         fixed = {"rounds": rounds, "model": ""}
         path = write(own, WORK, vary={"n": f"0..{runs - 1}"}, fixed=fixed)
-        todo = plan(read_grid(path), own / "out")
-        facts = {"source": str(own / "one.ipynb"), "threads": 1, "limit": 3600}
-        facts["wanted"] = about(facts["source"], [""])
+        grid = read_grid(path)
+        wanted = inputs(grid["notebook"], threads=grid["threads"])
+        options = {"limit": grid["limit"], "wanted": wanted}
         with connect(workers=workers) as client:
             client.wait_for_workers(workers)
             start = time.perf_counter()
-            futures = client.map(perform, todo, **facts)
-            states = {outcome["state"] for outcome in client.gather(futures)}
+            futures = client.map(run_one, expand(grid, own), **options)
+            states = {outcome["status"] for outcome in client.gather(futures)}
             took[workers] = time.perf_counter() - start
         assert states == {"finished"}
     name = f"one worker over two, {runs} runs of about {seconds:g} s, seconds"
-    enter(name, took[1] / took[2], "x", at_least=1.8)
+    record(name, took[1] / took[2], "x", at_least=1.8)
 
 
 def planning(folder):
     """1,000 runs, all of them finished."""
     path = write(folder, WORK, vary={"n": "0..999"}, fixed={"model": ""})
+    scratch = folder / "scratch"
     (folder / "runs").mkdir()
-    for run in plan(read_grid(path), folder):
-        run.path(".ipynb").write_text("{}")
-        write_record(run.path(".json"), {"notebook_bytes": 2})
+    for run in expand(read_grid(path), folder):
+        scratch.mkdir()
+        (scratch / NOTEBOOK).write_text("{}")
+        save_run(run.folder, scratch, {"error": None})
     start = time.perf_counter()
-    states = [state(run)[0] for run in plan(read_grid(path), folder)]
+    states = [read_run(run.folder)[0] for run in expand(read_grid(path), folder)]
+    took = time.perf_counter() - start
     assert states == ["finished"] * 1000
-    enter("1,000 runs planned and checked", time.perf_counter() - start, "s", at_most=5)
+    record("1,000 runs planned and checked", took, "s", at_most=5)
 
 
 def main(repeats, runs, seconds):
@@ -137,9 +130,9 @@ def main(repeats, runs, seconds):
         folder = Path(folder)
         planning(folder)
         path = write(folder, LOAD)
-        overhead(str(path.with_name("one.ipynb")), repeats)
+        overhead(path.with_name("one.ipynb"), folder, repeats)
         efficiency(folder, runs, seconds)
-    keep()
+    save()
 
 
 if __name__ == "__main__":

@@ -13,13 +13,20 @@ import time
 
 import numpy as np
 import torch
-from measure import enter, keep, peak_rate
-from transformers import GPT2Config, GPT2LMHeadModel
+from measure import peak_rate, record, save
+from transformers import GPT2LMHeadModel
 
-from icl.training import SIZES, Plan, TextBatches, gpt, train
+from icl.training import (
+    SIZES,
+    TrainConfig,
+    build_gpt2,
+    gpt2_config,
+    text_batches,
+    train,
+)
 
 SIZE, VOCABULARY, LENGTH, BATCH, STEPS, ROUNDS = "1m", 256, 256, 16, 15, 4
-PLAN = Plan(steps=STEPS, batch=BATCH, evaluate_every=STEPS, save_every=10**6)
+CONFIG = TrainConfig(steps=STEPS, batch=BATCH, evaluate_every=STEPS, save_every=10**6)
 ARMS = {
     "softmax": None,
     "momentum": {"kind": "momentum", "eta": 0.5},
@@ -28,23 +35,13 @@ ARMS = {
 
 
 def plain_loop(batches):
-    layers, width, heads = SIZES[SIZE]
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=LENGTH,
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        attn_implementation="sdpa",
-    )
+    options = {"activation_function": "gelu_new", "attn_implementation": "sdpa"}
+    config = gpt2_config(VOCABULARY, LENGTH, *SIZES[SIZE], **options)
     model = GPT2LMHeadModel(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = PLAN.rate(step)
+            group["lr"] = CONFIG.learning_rate_at(step)
         ids = torch.from_numpy(batches(step)["input_ids"])
         model(ids, labels=ids, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -53,14 +50,14 @@ def plain_loop(batches):
 
 
 def trainer(batches, attention):
-    model = gpt(SIZE, VOCABULARY, LENGTH, attention=attention)
+    model = build_gpt2(SIZE, VOCABULARY, LENGTH, attention=attention)
     with tempfile.TemporaryDirectory() as folder:
-        train(model, batches, folder, PLAN, report=str)
+        train(model, batches, folder, CONFIG, report=str)
 
 
 def main():
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, 100_000)
-    batches = TextBatches(tokens, BATCH, LENGTH)
+    batches = text_batches(tokens, BATCH, LENGTH)
     runs = {"plain loop": lambda: plain_loop(batches)}
     for name, attention in ARMS.items():
         runs[name] = lambda attention=attention: trainer(batches, attention)
@@ -73,22 +70,22 @@ def main():
     speed = {name: STEPS * BATCH * LENGTH / took for name, took in best.items()}
     plain, usual = speed["plain loop"], speed["softmax"]
     for name, pace in speed.items():
-        enter(f"{name}, {SIZE} parameters", pace, "tokens/s")
+        record(f"{name}, {SIZE} parameters", pace, "tokens/s")
     name = "speed of the trainer over a plain loop"
-    enter(name, usual / plain, "x", at_least=1)
+    record(name, usual / plain, "x", at_least=1)
     for name in [*ARMS][1:]:
         ratio = speed[name] / usual
-        enter(f"speed with {name}, over softmax", ratio, "x", at_least=0.92)
+        record(f"speed with {name}, over softmax", ratio, "x", at_least=0.92)
     best = peak_rate()
-    enter("the machine's measured peak", best / 1e9, "GFLOP/s")
-    enter("rate of the trainer over the machine's peak", usual * flops() / best)
-    keep()
+    record("the machine's measured peak", best / 1e9, "GFLOP/s")
+    record("rate of the trainer over the machine's peak", usual * flops() / best)
+    save()
 
 
 def flops():
     """Floating-point operations of a step of training, a token."""
     layers, width, _ = SIZES[SIZE]
-    model = gpt(SIZE, VOCABULARY, LENGTH)
+    model = build_gpt2(SIZE, VOCABULARY, LENGTH)
     weights = model.num_parameters() - model.transformer.wpe.weight.numel()
     return 6 * weights + 6 * layers * width * LENGTH
 

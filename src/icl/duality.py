@@ -9,98 +9,95 @@ A linear layer :math:`F(x) = W x` trained by gradient descent ends at
 Read the other way, attention to demonstrations without its softmax adds
 :math:`\Delta W_\mathrm{ICL} = \sum_i v_i \otimes k_i` to a zero-shot weight
 (Dai et al. 2023, eq. 10-12), and finetuning the key and value projections adds
-a :math:`\Delta W_\mathrm{FT}` (eq. 13).
+a :math:`\Delta W_\mathrm{FT}` (eq. 13). Both are also measured on the heads of a model.
+There a prompt is one opening token, the demonstrations, the query; the opening token,
+which takes much of the attention in most models, is in the zero-shot prompt as well.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from icl.activations import Heads, capture_qkv, stack_layers
+from icl.finetuning import heads_on_frozen_inputs
+from icl.tasks import prompt_prefix
+
+_Query = Float[Tensor, "*batch d"]
+_Keys = Float[Tensor, "*batch n d"]
+_Values = Float[Tensor, "*batch n d_o"]
+_Matrix = Float[Tensor, "*batch d_o d"]
 
 
-def linear_attention(values, keys, query):
-    """Unnormalised linear attention, ``Σ_i v_i (k_iᵀ q)``.
-
-    Args:
-        values: ``(N, d_o)``.
-        keys: ``(N, d_i)``.
-        query: ``(..., d_i)``.
-
-    Returns:
-        ``(..., d_o)``. (Dai et al. 2023, eq. 9: LinearAttn(E, X', x).)
-    """
-    _same_length(values, keys)
-    if query.shape[-1] != keys.shape[-1]:
-        raise ValueError(
-            f"query and keys differ in width: {query.shape[-1]} and {keys.shape[-1]}"
-        )
+def linear_attention(
+    values: Float[Tensor, "n d_o"], keys: Float[Tensor, "n d"], query: _Query
+) -> Float[Tensor, "*batch d_o"]:
+    """Unnormalised linear attention, ``Σ_i v_i (k_iᵀ q)`` (Dai et al. 2023, eq. 9)."""
     return (query @ keys.mT) @ values
 
 
 class Training(NamedTuple):
-    """A trained linear layer with the record of its training.
+    """A trained linear layer with the record of its training, by visits of examples."""
 
-    Attributes:
-        weight: the trained ``W_T``, ``(d_o, d_i)``.
-        keys: the input of every example at every visit, ``(M, d_i)``.
-        values: its error signal ``e`` at that visit, ``(M, d_o)``.
-        step: the step of each visit, ``(M,)``.
-        example: which training example it was, ``(M,)``.
-    """
-
-    weight: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    step: torch.Tensor
-    example: torch.Tensor
+    weight: Float[Tensor, "d_o d"]  #: the trained ``W_T``
+    keys: Float[Tensor, "n d"]  #: input of the example
+    values: Float[Tensor, "n d_o"]  #: its error signal ``e`` at that visit
+    step: Int[Tensor, " n"]  #: number of the step
+    example: Int[Tensor, " n"]  #: number of the example
 
 
 def train_linear(
-    W_0, X, Y, loss, batches, learning_rate, momentum=0.0, weight_decay=0.0
-):
-    """Train ``F(x) = W x`` by gradient descent and keep the error signals.
+    W_0: Float[Tensor, "d_o d"],
+    X: Float[Tensor, "N d"],
+    Y: Tensor,
+    loss: Callable,
+    batches: Iterable[Int[Tensor, "..."]],
+    learning_rate: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> Training:
+    """Gradient descent on ``F(x) = W x`` that keeps the error signals.
 
     The update is that of ``torch.optim.SGD``: ``g ← ∇L + λ W``,
     ``m ← μ m + g``, ``W ← W − γ m``. The record needs the gradient at the
     layer's *output* alone, so ``loss`` may be any differentiable function.
 
     Args:
-        W_0: ``(d_o, d_i)``.
-        X: training inputs ``(N, d_i)``.
-        Y: their targets, ``(N, ...)``.
-        loss: ``loss(outputs (B, d_o), targets (B, ...)) -> scalar``.
-        batches: the index tensors of the steps, in order.
+        W_0: weight before training.
+        X, Y: training inputs and as many targets, else ``ValueError``.
+        loss: ``loss(outputs, targets) -> scalar`` of a batch.
+        batches: index tensors of the steps, in order.
         learning_rate, momentum, weight_decay: γ, μ, λ.
     """
-    _same_length(X, Y)
+    if len(X) != len(Y):
+        raise ValueError(f"{len(X)} inputs need as many targets, not {len(Y)}")
     W, velocity = W_0.clone(), torch.zeros_like(W_0)
-    record = {"keys": [], "values": [], "step": [], "example": []}
+    record = []
     for t, batch in enumerate(batches):
         outputs = (X[batch] @ W.mT).requires_grad_(True)
         (gradient,) = torch.autograd.grad(loss(outputs, Y[batch]), outputs)
-        record["keys"].append(X[batch])
-        record["values"].append(-learning_rate * gradient)
-        record["step"].append(torch.full_like(batch, t))
-        record["example"].append(batch)
+        error = -learning_rate * gradient
+        record.append((X[batch], error, torch.full_like(batch, t), batch))
         velocity = momentum * velocity + gradient.mT @ X[batch] + weight_decay * W
         W = W - learning_rate * velocity
-    return Training(W, **{name: torch.cat(part) for name, part in record.items()})
+    return Training(W, *map(torch.cat, zip(*record, strict=True)))
 
 
-def step_weights(steps, learning_rate, momentum=0.0, weight_decay=0.0, dtype=None):
-    r"""How much of the start and of every step is left in the trained weight.
+def step_weights(
+    steps: int, learning_rate: float, momentum=0.0, weight_decay=0.0, dtype=None
+) -> tuple[Float[Tensor, ""], Float[Tensor, " steps"]]:
+    r"""Weights ``(a, c)`` of the start and of every step in the trained weight.
 
     ``W_t`` and the velocity follow a linear recurrence, so the trained weight
     is :math:`W_T = a W_0 + \sum_t c_t \sum_{i \in B_t} e_i \otimes x_i`. Without
     weight decay :math:`a = 1` and :math:`c_t = (1-\mu^{T-t})/(1-\mu)`: older
     steps count more. Without momentum
     :math:`a = (1-\gamma\lambda)^T`, :math:`c_t = (1-\gamma\lambda)^{T-1-t}`:
-    older steps count less.
-
-    Returns:
-        ``(a, c)``: a scalar and a tensor ``(steps,)``.
+    older steps count less. In torch's default dtype if ``dtype`` is left out.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
     # W = a W_0 + Σ c_t (−γ G_t) and velocity = v W_0 + Σ p_t G_t at every step
     a = torch.ones((), dtype=dtype or torch.get_default_dtype())
     v = torch.zeros_like(a)
@@ -114,16 +111,17 @@ def step_weights(steps, learning_rate, momentum=0.0, weight_decay=0.0, dtype=Non
     return a, c
 
 
-def dual_prediction(W_0, training, query, a=1.0, c=None):
-    """The trained layer's output without its trained weight.
+def dual_prediction(
+    W_0: Float[Tensor, "d_o d"],
+    training: Training,
+    query: _Query,
+    a: float | Float[Tensor, ""] = 1.0,
+    c: Float[Tensor, " steps"] | None = None,
+) -> Float[Tensor, "*batch d_o"]:
+    """Output of the trained layer without its trained weight.
 
-    ``a W_0 q + LinearAttn(c e, X', q)``, the dual form of ``W_T q``.
-
-    Args:
-        W_0: the weight before training, ``(d_o, d_i)``.
-        training: a :class:`Training`.
-        query: ``(..., d_i)``.
-        a, c: from :func:`step_weights`; left out, those of plain SGD (ones).
+    ``a W_0 q + LinearAttn(c e, X', q)``, the dual form of ``W_T q``, with ``a`` and
+    ``c`` from :func:`step_weights`; default those of plain SGD (ones).
     """
     values = training.values
     if c is not None:
@@ -132,54 +130,38 @@ def dual_prediction(W_0, training, query, a=1.0, c=None):
 
 
 class Split(NamedTuple):
-    """Softmax attention over two groups of tokens, taken apart.
+    """Softmax attention, ``mass * demonstrations + (1 - mass) * rest``, taken apart."""
 
-    The whole output is ``mass * demonstrations + (1 - mass) * rest``.
-
-    Attributes:
-        mass: the share of attention that the demonstrations get, ``(...)``.
-        demonstrations: attention over the demonstrations alone, ``(..., d_o)``.
-        rest: attention over the other tokens alone, ``(..., d_o)``.
-    """
-
-    mass: torch.Tensor
-    demonstrations: torch.Tensor
-    rest: torch.Tensor
+    mass: Float[Tensor, "*batch"]  #: share of the attention on the demonstrations
+    demonstrations: Float[Tensor, "*batch d_o"]  #: attention over these alone
+    rest: Float[Tensor, "*batch d_o"]  #: attention over the other tokens alone
 
     @property
-    def change(self):
-        """What the demonstrations change, ``mass * (demonstrations - rest)``."""
+    def change(self) -> Float[Tensor, "*batch d_o"]:
+        """Effect of the demonstrations, ``mass * (demonstrations - rest)``."""
         return self.mass[..., None] * (self.demonstrations - self.rest)
 
 
-def split_attention(query, key, value, demonstrations) -> Split:
+def split_attention(
+    query: _Query, key: _Keys, value: _Values, demonstrations: Bool[Tensor, " n"]
+) -> Split:
     """Attention of one query as a mixture of two attentions.
 
     Exact for softmax attention: each group has its own softmax, and the groups
     are mixed by the masses that the common softmax gives them. What Dai et al.
-    (2023) relax between their eq. 10 and 11.
-
-    Args:
-        query: ``(..., d)``, with the factor ``1/√d`` in it.
-        key: ``(..., n, d)``.
-        value: ``(..., n, d_o)``.
-        demonstrations: booleans ``(n,)``: is the token part of a demonstration?
+    (2023) relax between their eq. 10 and 11. The query has the factor ``1/√d`` in it,
+    and ``demonstrations`` says of each token whether it is part of one.
 
     Raises:
-        ValueError: shapes that do not fit, or one of the groups is empty.
+        ValueError: ``demonstrations`` are not booleans, or all equal.
         FloatingPointError: a score is not finite.
     """
-    _fitting(query, key, value)
     where = torch.as_tensor(demonstrations, device=key.device)
-    if where.dtype != torch.bool or where.shape != key.shape[-2:-1]:
+    n, count = key.shape[-2], int(where.sum())
+    if where.dtype != torch.bool or where.shape != (n,) or not 0 < count < n:
         raise ValueError(
-            f"demonstrations must be booleans ({key.shape[-2]},), one a key, not "
-            f"{where.dtype} of shape {tuple(where.shape)}"
-        )
-    if where.all() or not where.any():
-        raise ValueError(
-            "attention is split into demonstrations and the rest; of the "
-            f"{len(where)} tokens {int(where.sum())} are demonstrations"
+            f"demonstrations must be {n} booleans, some True and some False, not "
+            f"{where.dtype} of shape {tuple(where.shape)} with the sum {count}"
         )
     scores = (key @ query[..., None])[..., 0]
     if not torch.isfinite(scores).all():
@@ -187,64 +169,37 @@ def split_attention(query, key, value, demonstrations) -> Split:
     inside, outside = scores[..., where], scores[..., ~where]
     # softmax of the two log-normalisers = the mass of each group
     mass = torch.sigmoid(inside.logsumexp(-1) - outside.logsumexp(-1))
-
-    def attend(scores, value):
-        return (scores.softmax(-1)[..., None, :] @ value)[..., 0, :]
-
+    of_demonstrations = _mix(inside.softmax(-1), value[..., where, :])
     return Split(
-        mass,
-        attend(inside, value[..., where, :]),
-        attend(outside, value[..., ~where, :]),
+        mass, of_demonstrations, _mix(outside.softmax(-1), value[..., ~where, :])
     )
 
 
-def attention_weight(value, key):
-    """The weight matrix of linear attention, ``Σ_i v_i ⊗ k_i``.
+def attention_weight(value: _Values, key: _Keys) -> _Matrix:
+    """Weight matrix of linear attention, ``Σ_i v_i ⊗ k_i``.
 
     Over the query's own tokens this is ``W_ZSL``, over the demonstrations
     ``ΔW_ICL`` (Dai et al. 2023, eq. 11-12): ``(W_ZSL + ΔW_ICL) q`` is linear
     attention over both.
-
-    Args:
-        value: ``(..., n, d_o)``.
-        key: ``(..., n, d)``.
-
-    Returns:
-        ``(..., d_o, d)``.
     """
-    if value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(
-            f"values and keys must be as many: {tuple(value.shape)} and "
-            f"{tuple(key.shape)}"
-        )
-    if not key.shape[-2]:
-        raise ValueError("there are no tokens to attend to")
     return value.mT @ key
 
 
 class KeyValueUpdate(NamedTuple):
-    """What finetuning keys and values adds to the weight of linear attention.
+    """Update ``ΔW_FT`` of linear attention's weight, the sum of three parts."""
 
-    Each is ``(..., d_o, d)``; their sum is ``ΔW_FT``.
-
-    Attributes:
-        by_value: ``ΔW_V X (W_K X)ᵀ``.
-        by_key: ``W_V X (ΔW_K X)ᵀ``.
-        by_both: ``ΔW_V X (ΔW_K X)ᵀ``.
-    """
-
-    by_value: torch.Tensor
-    by_key: torch.Tensor
-    by_both: torch.Tensor
+    by_value: _Matrix  #: ``ΔW_V X (W_K X)ᵀ``
+    by_key: _Matrix  #: ``W_V X (ΔW_K X)ᵀ``
+    by_both: _Matrix  #: ``ΔW_V X (ΔW_K X)ᵀ``
 
 
-def finetuning_weight(value, key, new_value, new_key) -> KeyValueUpdate:
+def finetuning_weight(
+    value: _Values, key: _Keys, new_value: _Values, new_key: _Keys
+) -> KeyValueUpdate:
     """``ΔW_FT`` of linear attention, expanded (Dai et al. 2023, eq. 13).
 
-    Args:
-        value, key: ``W_V X`` and ``W_K X`` of the tokens ``X`` that the query
-            attends to, ``(..., n, d_o)`` and ``(..., n, d)``.
-        new_value, new_key: the same from ``W_V + ΔW_V`` and ``W_K + ΔW_K``.
+    Of ``W_V X`` and ``W_K X``, for the tokens ``X`` that the query attends to, and the
+    same from ``W_V + ΔW_V`` and ``W_K + ΔW_K``.
     """
     more_value, more_key = new_value - value, new_key - key
     return KeyValueUpdate(
@@ -254,17 +209,14 @@ def finetuning_weight(value, key, new_value, new_key) -> KeyValueUpdate:
     )
 
 
-def frobenius_cosine(A, B):
-    """Cosine of two matrices ``(..., m, n)`` as vectors, ``(...)``.
-
-    NaN where one of them is zero.
-    """
+def frobenius_cosine(A: _Matrix, B: _Matrix) -> Float[Tensor, "*batch"]:
+    """Cosine of two matrices as vectors; NaN where one of them is zero."""
     norms = torch.linalg.matrix_norm(A) * torch.linalg.matrix_norm(B)
     return (A * B).sum((-1, -2)) / norms
 
 
-def effective_rank(W):
-    """Roy & Vetterli's (2007) effective rank of ``(..., m, n)``.
+def effective_rank(W: _Matrix) -> Float[Tensor, "*batch"]:
+    """Roy & Vetterli's (2007) effective rank.
 
     The exponential of the entropy of the singular values as a distribution:
     ``r`` for a matrix with ``r`` equal ones, 1 for an outer product.
@@ -274,19 +226,14 @@ def effective_rank(W):
     return torch.special.entr(p).sum(-1).exp()
 
 
-def subspace_overlap(A, B, rank):
-    """How far the leading singular subspaces of two matrices coincide.
+def subspace_overlap(
+    A: _Matrix, B: _Matrix, rank: int
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Overlap of the leading left and right singular subspaces of two matrices.
 
-    ``‖U_Aᵀ U_B‖² / rank`` for the left and for the right subspaces of
-    dimension ``rank``: 1 if they are equal, 0 if orthogonal, and ``rank / d``
-    on average for random ones in ``d`` dimensions.
-
-    Args:
-        A, B: ``(..., m, n)``.
-        rank: 1 to ``min(m, n)``.
-
-    Returns:
-        ``(left, right)``, each ``(...)``.
+    ``‖U_Aᵀ U_B‖² / rank`` for the subspaces of dimension ``rank``, 1 to ``min(m, n)``
+    (else ``ValueError``): 1 if they are equal, 0 if orthogonal, and ``rank / d`` on
+    average for random ones in ``d`` dimensions.
     """
     if not 1 <= rank <= min(A.shape[-2:]):
         raise ValueError(f"rank must be 1 to {min(A.shape[-2:])}, not {rank}")
@@ -296,17 +243,132 @@ def subspace_overlap(A, B, rank):
     return tuple(part.square().sum((-1, -2)) / rank for part in (left, right))
 
 
-def _same_length(values, keys):
-    if len(values) != len(keys):
-        raise ValueError(f"{len(keys)} keys need as many values, not {len(values)}")
-    if not len(keys):
-        raise ValueError("there are no training examples to attend to")
+def encode_prompt(task, demonstrations, tokenizer, context=None) -> list[int]:
+    """Token ids of an opening line break and :func:`icl.tasks.prompt_prefix`."""
+    prefix = prompt_prefix(task, demonstrations, tokenizer, "\n", context)
+    return tokenizer("\n" + prefix, add_special_tokens=False)["input_ids"]
 
 
-def _fitting(query, key, value):
-    fits = query.shape[-1] == key.shape[-1] and query.shape[:-1] == key.shape[:-2]
-    if not fits or value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(
-            "needed are query (..., d), key (..., n, d) and value (..., n, d_o); given "
-            f"were {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
-        )
+def approximations(
+    query: _Query, key: _Keys, value: _Values, demonstrations: Bool[Tensor, " n"]
+) -> dict[str, Float[Tensor, "*batch d_o"]]:
+    """Change of a head's output by demonstrations, and approximations to it.
+
+    Of the arguments of :func:`split_attention`. With ``m`` the mass on the ``n``
+    demonstration tokens, ``h`` the output over the rest and bars for means over the
+    demonstration tokens:
+
+    - ``"change"``: the change itself;
+    - ``"relaxed"``: ``ΔW_ICL q`` (Dai et al. 2023, eq. 11-12);
+    - ``"mean value"``: ``Σ v_i``, the same for every query;
+    - ``"centred"``: ``Σ v_i (k_i - k̄)ᵀ q``;
+    - ``"gated mean"``: ``m (v̄ - h)``;
+    - ``"gated"``: ``m (v̄ + Σ v_i (k_i - k̄)ᵀ q / n - h)``, to first order the change.
+    """
+    split = split_attention(query, key, value, demonstrations)
+    where = torch.as_tensor(demonstrations, device=key.device)
+    keys, values = key[..., where, :], value[..., where, :]
+    mean, gate = values.mean(-2), split.mass[..., None]
+    scores = (keys @ query[..., None])[..., 0]
+    centred = _mix(scores - scores.mean(-1, keepdim=True), values)
+    return {
+        "change": split.change,
+        "relaxed": _mix(scores, values),  # = ΔW_ICL q, without forming ΔW_ICL
+        "mean value": values.sum(-2),
+        "centred": centred,
+        "gated mean": gate * (mean - split.rest),
+        "gated": gate * (mean + centred / keys.shape[-2] - split.rest),
+    }
+
+
+def approximation_quality(
+    model, prompt: list[int], queries: list[list[int]], ends: Sequence[int]
+) -> dict[str, Float[np.ndarray, "ends queries layers heads"]]:
+    """Agreement of the :func:`approximations` with the change, on a model's heads.
+
+    Args:
+        model: from :func:`icl.models.load_model`.
+        prompt: ids from :func:`encode_prompt`.
+        queries: ids of texts to read behind it; measured is their last token.
+        ends: lengths to which the prompt is cut, one measurement each.
+
+    Returns:
+        ``"mass"`` and ``"opening"``, shares of attention on the demonstrations and on
+        the opening token; ``"spread"``, standard deviation of the scores over the
+        demonstrations; ``"norm: relaxed"``, ``"norm: change"``; ``"cosine: NAME"`` of
+        each approximation with the change; and ``"cosine: passes"`` of the change with
+        the difference between the head's outputs in context and zero-shot, when every
+        layer below has seen the demonstrations or has not.
+    """
+    whole, rows = capture_qkv(model, prompt), []
+    for end in ends:
+        prefix = [Heads(*(part[:, :end] for part in heads)) for heads in whole]
+        for ids in queries:
+            heads = _stack_wide(capture_qkv(model, ids, prefix))
+            alone = capture_qkv(model, [*prompt[:1], *ids], start=end - 1)
+            rows.append(_measure(heads, _stack_wide(alone), end))
+    found = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return {k: v.unflatten(0, (len(ends), -1)).cpu().numpy() for k, v in found.items()}
+
+
+def _measure(heads, alone, end):
+    query, key, value = heads.query[:, :, -1], *heads[1:]
+    where = torch.zeros(key.shape[-2], dtype=torch.bool)
+    where[1:end] = True
+    compared = approximations(query, key, value, where)
+    change = compared.pop("change")
+    scores = (key @ query[..., None])[..., 0]
+    attention = scores.softmax(-1)
+    before = (alone.key @ alone.query[:, :, -1, :, None])[..., 0].softmax(-1)
+    compared["passes"] = _mix(attention, value) - _mix(before, alone.value)
+    return {
+        "mass": attention[..., where].sum(-1),
+        "opening": attention[..., 0],
+        "spread": scores[..., where].std(-1),
+        "norm: relaxed": compared["relaxed"].norm(dim=-1),
+        "norm: change": change.norm(dim=-1),
+    } | {
+        f"cosine: {name}": torch.cosine_similarity(output, change, dim=-1)
+        for name, output in compared.items()
+    }
+
+
+def icl_update(layers: list[Heads], centred=False) -> Float[Tensor, "L H d_h d_h"]:
+    """``ΔW_ICL`` of every head, of all tokens of a prompt but its opening one.
+
+    Args:
+        layers: from :func:`icl.activations.capture_qkv` of :func:`encode_prompt`.
+        centred: keys relative to their mean, without what a shift of them all changes.
+    """
+    _, key, value = _stack_wide(layers)
+    key, value = key[..., 1:, :], value[..., 1:, :]
+    if centred:
+        key = key - key.mean(-2, keepdim=True)
+    return attention_weight(value, key)
+
+
+def ft_update(
+    model, update: dict[str, Tensor], ids: list[int], start: int = 0
+) -> KeyValueUpdate:
+    """``ΔW_FT`` of every head, in its three parts ``(L, H, d_h, d_h)``.
+
+    Args:
+        model: from :func:`icl.models.load_model`.
+        update: from :func:`icl.finetuning.kv_sgd`.
+        ids: the query's tokens with the opening token before them.
+        start: position of the first; a prompt's length minus 1 puts the query where
+            it stands behind that prompt, to act on the same ``q`` as ``ΔW_ICL``.
+    """
+    before = _stack_wide(capture_qkv(model, ids, start=start))
+    after = _stack_wide(heads_on_frozen_inputs(model, update, ids, start))
+    return finetuning_weight(before.value, before.key, after.value, after.key)
+
+
+def _stack_wide(layers):
+    """Stacked heads, in float32 at least."""
+    wide = torch.promote_types(layers[0].key.dtype, torch.float32)
+    return Heads(*(part.to(wide) for part in stack_layers(layers)))
+
+
+def _mix(attention, value):
+    return (attention[..., None, :] @ value)[..., 0, :]

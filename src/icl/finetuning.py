@@ -7,20 +7,24 @@ every layer move, weights and biases.
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
-from icl.heads import (
-    attention_inputs,
+from icl.activations import (
+    FAMILIES,
+    Heads,
     attention_modules,
+    capture_qkv,
+    capture_queries,
     from_cache,
-    watch_queries,
 )
 
 
-def kv_projections(model):
+def kv_projections(model) -> dict:
     """The part of each parameter that makes keys or values.
 
     Returns:
@@ -44,90 +48,77 @@ def kv_projections(model):
     if not parts:
         raise ValueError(
             f"no key and value projections found in {type(model).__name__}; covered "
-            "are gpt2, opt, xglm, gpt_neox, llama and qwen"
+            f"are {FAMILIES}"
         )
     return parts
 
 
 def kv_sgd(
-    model,
-    tokenizer,
-    texts,
-    learning_rate,
-    completions=None,
-    layer_causal=False,
-    parts=None,
-):
-    """One pass of SGD over ``texts`` on the key and value projections.
+    model, tokenizer, texts, learning_rate, layer_causal=False, parts=None
+) -> tuple[dict[str, Tensor], list[float]]:
+    """One pass of SGD over texts on the key and value projections.
 
     The loss is the next-token cross-entropy averaged over all tokens of a text
     but its first (Dai et al. 2023, as their code computes it). The model is
-    left as it was. :func:`icl.heads.watch_queries` around the call collects the
-    training tokens' attention queries, a layer after the other, a text after
-    the other, each at the text's own step.
+    left as it was. :func:`icl.activations.capture_queries` around the call collects
+    the training tokens' attention queries, layer by layer and text by text, each at
+    the text's own step.
 
     Args:
-        model: from :func:`icl.models.load_model`.
-        tokenizer: its tokenizer; texts are encoded without added tokens.
-        texts: training texts in order, each one step.
+        model, tokenizer: from :func:`icl.models.load_model`.
+        texts: training texts in order, each one step; encoded without added tokens.
         learning_rate: the step size, constant; a negative one ascends.
-        completions: what follows each text, a list as long; given, the loss is
-            the mean over the completion's tokens alone.
         layer_causal: the variant of Deutch et al. (2024), as their code
             computes it. Every block is trained by itself: its input is held
             fixed, its output goes straight through the model's last norm and
             output embedding, and its loss moves no other block.
-        parts: what is trained instead, ``{parameter name: view}``: some of
-            :func:`kv_projections`, or whole other parameters (``lambda t: t``).
+        parts: what is trained, ``{parameter name: view}``: some of
+            :func:`kv_projections` (default all), or whole other parameters
+            (``lambda t: t``).
 
     Returns:
         ``(update, losses)``: ``{parameter name: ΔW}`` on the views of
-        :func:`kv_projections`, to be used with :func:`updated`, and the loss
+        :func:`kv_projections`, to be used with :func:`applied_update`, and the loss
         of each text before its own step (summed over blocks if layer-causal).
 
     Raises:
-        ValueError: no texts, completions that are not as many or empty, a text
-            that the context does not hold, a learning rate of zero, or an
-            architecture that is not covered.
-        FloatingPointError: the loss is no longer finite; the message says at
-            which step.
+        ValueError: no texts, a text longer than the context, a learning rate of
+            zero, or an architecture that is not covered.
+        FloatingPointError: the loss is no longer finite.
     """
     if not texts or not abs(learning_rate) > 0:
         raise ValueError(
-            f"finetuning needs texts and a learning rate other than 0; given were "
+            f"finetuning needs texts and a learning rate other than 0, not "
             f"{len(texts)} texts and learning rate {learning_rate!r}"
         )
-    examples = _encode(tokenizer, texts, completions)
-    context = getattr(model.config, "max_position_embeddings", None)
-    for number, (ids, _) in enumerate(examples):
-        if context is not None and len(ids) > context:
+    examples = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    for number, ids in enumerate(examples):
+        if len(ids) > context:
             raise ValueError(
                 f"text {number} has {len(ids)} tokens, but the model holds {context}; "
                 "shorten it or leave it out"
             )
     parts = kv_projections(model) if parts is None else parts
     weights = {name: model.get_parameter(name) for name in parts}
-    before = {name: w.detach().clone() for name, w in weights.items()}
     all_logits = _block_logits if layer_causal else _logits
     losses = []
-    try:
+    with _restored(weights) as before:
         for weight in weights.values():
             weight.requires_grad_(True)
-        for step, (ids, first) in enumerate(examples, 1):
+        for step, ids in enumerate(examples, 1):
             ids = torch.tensor(ids, device=model.device)
-            total, gradients = 0.0, [None] * len(weights)
+            total, gradients = 0.0, {}
             for logits in all_logits(model, ids[None]):
-                loss = torch.nn.functional.cross_entropy(
-                    logits[first - 1 : -1].float(), ids[first:]
-                )
+                loss = cross_entropy(logits[:-1].float(), ids[1:])
                 total += loss.item()
                 found = torch.autograd.grad(
                     loss, list(weights.values()), allow_unused=layer_causal
                 )
-                gradients = [
-                    new if old is None else old if new is None else old + new
-                    for old, new in zip(gradients, found, strict=True)
-                ]
+                for name, grad in zip(weights, found, strict=True):
+                    if grad is not None:
+                        old = gradients.get(name)
+                        gradients[name] = grad if old is None else old + grad
             losses.append(total)
             if not math.isfinite(total):
                 raise FloatingPointError(
@@ -135,36 +126,26 @@ def kv_sgd(
                     f"{total} with learning rate {learning_rate}"
                 )
             with torch.no_grad():
-                for (name, weight), grad in zip(
-                    weights.items(), gradients, strict=True
-                ):
+                for name, grad in gradients.items():
                     part = parts[name]
-                    part(weight).sub_(learning_rate * part(grad))
+                    part(weights[name]).sub_(learning_rate * part(grad))
         update = {
             name: part(weights[name].detach()) - part(before[name])
             for name, part in parts.items()
         }
-    finally:
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.requires_grad_(False).copy_(before[name])
     return update, losses
 
 
-def _encode(tokenizer, texts, completions):
-    """``(ids, first)`` of each text: the first token that the loss is taken over."""
-
-    def encode(some):
-        return tokenizer(list(some), add_special_tokens=False)["input_ids"]
-
-    if completions is None:
-        return [(ids, 1) for ids in encode(texts)]
-    if len(completions) != len(texts):
-        raise ValueError(f"{len(texts)} texts but {len(completions)} completions")
-    ends = encode(completions)
-    if not all(ends):
-        raise ValueError("an empty completion leaves no token to take the loss over")
-    return [(a + b, len(a)) for a, b in zip(encode(texts), ends, strict=True)]
+@contextmanager
+def _restored(tensors):
+    """After the block the tensors are what they were, bit for bit, without gradient."""
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.requires_grad_(False).copy_(before[name])
 
 
 def _logits(model, ids):
@@ -173,7 +154,7 @@ def _logits(model, ids):
 
 def _block_logits(model, ids):
     """The next-token logits of every block's output, gradients kept apart."""
-    found, hooks = [], []
+    found = []
 
     def detach(block, args, options):
         if args:
@@ -184,14 +165,12 @@ def _block_logits(model, ids):
         found.append(output[0] if isinstance(output, tuple) else output)
 
     stack, blocks = _blocks(model)
-    try:
+    with ExitStack() as hooks:
         for block in blocks:
-            hooks.append(block.register_forward_pre_hook(detach, with_kwargs=True))
-            hooks.append(block.register_forward_hook(keep))
+            pre = block.register_forward_pre_hook(detach, with_kwargs=True)
+            hooks.enter_context(pre)
+            hooks.enter_context(block.register_forward_hook(keep))
         model(ids, use_cache=False, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
     names = ("norm", "ln_f", "final_layer_norm", "layer_norm", "project_out")
     last = [getattr(stack, n) for n in names if getattr(stack, n, None) is not None]
     for states in found:
@@ -202,17 +181,17 @@ def _block_logits(model, ids):
 
 def _blocks(model):
     """The module that holds the transformer blocks, and the list of them."""
-    for stack in model.modules():
-        for name in ("layers", "h"):
-            blocks = getattr(stack, name, None)
-            if isinstance(blocks, torch.nn.ModuleList):
-                return stack, blocks
-    raise ValueError(f"the blocks of {type(model).__name__} cannot be found")
+    return next(
+        (stack, blocks)
+        for stack in model.modules()
+        for blocks in (getattr(stack, "layers", None), getattr(stack, "h", None))
+        if isinstance(blocks, torch.nn.ModuleList)
+    )
 
 
 @contextmanager
-def updated(model, update):
-    """The model with ``update`` added to its weights, inside a ``with`` block.
+def applied_update(model, update: dict[str, Tensor]):
+    """The model with an update added to its weights, inside a ``with`` block.
 
     On leaving the block the weights are again what they were, bit for bit.
     """
@@ -220,19 +199,16 @@ def updated(model, update):
     views = {
         name: parts.get(name, lambda t: t)(model.get_parameter(name)) for name in update
     }
-    before = {name: view.detach().clone() for name, view in views.items()}
-    with torch.no_grad():
-        for name, view in views.items():
-            view.add_(update[name])
-    try:
-        yield model
-    finally:
+    with _restored(views):
         with torch.no_grad():
             for name, view in views.items():
-                view.copy_(before[name])
+                view.add_(update[name])
+        yield model
 
 
-def heads_on_frozen_inputs(model, update, ids, start=0):
+def heads_on_frozen_inputs(
+    model, update: dict[str, Tensor], ids, start=0
+) -> list[Heads]:
     """The heads after finetuning, each layer on the inputs it had before.
 
     Dai et al. (2023, eq. 13) compare ``W_V X`` with ``(W_V + ΔW_V) X``: the
@@ -240,35 +216,26 @@ def heads_on_frozen_inputs(model, update, ids, start=0):
     as it was, and only the modules themselves are run with the update.
 
     Args:
-        model: from :func:`icl.models.load_model`.
-        update: from :func:`kv_sgd`.
-        ids, start: as for :func:`icl.heads.attention_inputs`.
-
-    Returns:
-        one :class:`icl.heads.Heads` a layer.
+        model, update: from :func:`icl.models.load_model` and :func:`kv_sgd`.
+        ids, start: as for :func:`icl.activations.capture_qkv`.
     """
     calls, cache = [], DynamicCache(config=model.config)
 
     def keep(module, args, options):
         calls.append((module, args, options))
 
-    hooks = [
-        module.register_forward_pre_hook(keep, with_kwargs=True)
-        for module in attention_modules(model)
-    ]
-    try:
-        attention_inputs(model, ids, start=start)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
     def fresh(value):  # the first pass has filled its own cache
         return cache if isinstance(value, DynamicCache) else value
 
+    with ExitStack() as hooks:
+        for module in attention_modules(model):
+            hook = module.register_forward_pre_hook(keep, with_kwargs=True)
+            hooks.enter_context(hook)
+        capture_qkv(model, ids, start=start)
     with (
         torch.inference_mode(),
-        updated(model, update),
-        watch_queries(model) as queries,
+        applied_update(model, update),
+        capture_queries(model) as queries,
     ):
         for module, args, options in calls:
             module(*map(fresh, args), **{n: fresh(v) for n, v in options.items()})

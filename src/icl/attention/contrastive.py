@@ -3,183 +3,164 @@
 import math
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import gelu, pad
 
-from icl.attention.shared import (
-    check_heads,
-    distances,
-    repeated,
-    softmax_attention,
-    visible,
-)
+from icl.attention.masks import causal_sdpa, relative_positions, repeat_kv, to_bool_mask
+from icl.attention.replace import AttentionKind, option
 
 BLOCK = 64  # rows of scores that are held at a time
 
 
-def regularised_attention(
-    query,
-    key,
-    value,
-    alpha,
-    demonstrations=None,
-    mask=None,
-    scaling=None,
-    matched=False,
-):
+class _Contrastive(AttentionKind):
+    """A kind that treats the demonstrations and the query part of a prompt differently.
+
+    The first ``demonstrations`` tokens attend to each other by softmax attention, those
+    after them by the kind's ``attend``; so nothing depends on a later token. If 0, the
+    query part of every token is itself, and its demonstrations are all before it.
+    """
+
+    demonstrations: int = option("number at the front, or 0", lambda n: n >= 0, 0)
+    matched: bool = option("the control with the same sum of weights", default=False)
+
+    def forward(self, query, key, value, mask, scaling=None, **options):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        shown, early = self._in_front(query, key, mask)
+        if early.all():
+            return causal_sdpa(query, key, value, mask, scaling)
+        out = self.attend(query, key, value, shown, mask, scaling, **options)
+        if not early.any():
+            return out
+        own = causal_sdpa(query, key, value, mask, scaling)
+        return torch.where(early[:, None, :, None], own, out)
+
+    def _in_front(self, query, key, mask):
+        """Which keys are demonstrations, and which queries are not behind them."""
+        if not self.demonstrations:
+            return None, torch.zeros(1, 1, dtype=torch.bool)
+        place = torch.arange(key.shape[2], device=key.device).expand(len(key), -1)
+        begin = 0
+        if mask is not None:  # padding stands before a sequence
+            seen = to_bool_mask(mask).any(2)[:, 0]
+            begin = seen.int().argmax(-1, keepdim=True)
+        early = place < begin + self.demonstrations
+        shown = (early & (place >= begin))[:, None, :, None]
+        return shown, early[:, key.shape[2] - query.shape[2] :]
+
+
+class RegularisedAttention(_Contrastive, kind="regularised"):
     """Attention as a step on the contrastive loss with weight decay (Ren & Liu 2023).
 
     The decay ``(α/2η)|W|²`` shrinks the weight that the step starts from, and that is
-    the query part's: its values are scaled by ``1 - α``. The normaliser stays.
-
-    Args:
-        query, key, value, mask, scaling: as of :func:`momentum_attention`.
-        alpha: finite.
-        demonstrations: which tokens are demonstrations, boolean ``(P + T,)`` or
-            ``(B, P + T)``; the others are the query part. Left out, the query part of
-            a token is the token itself, and the demonstrations all before it.
-        matched: the control instead, softmax attention times the sum of the weights
-            that regularised attention gives: as much is lost, but not from one part.
-
-    Returns:
-        ``(B, H, T, d_h)``.
-
-    Raises:
-        ValueError: ``alpha`` not finite, marks that do not fit or mark nothing; and
-            see :func:`momentum_attention`.
+    the query part's: its values are scaled by ``1 - α``. The control scales the output.
     """
-    check_heads(query, key, value, mask)
-    _check_finite(alpha=alpha)
-    own = value if matched else (1 - alpha) * value
-    if demonstrations is None:
-        out, share = _in_two_parts(query, key, value, key, own, mask, scaling)
-        return out * (1 - alpha * share) if matched else out
-    shown = _marks(demonstrations, key)
-    out = softmax_attention(query, key, torch.where(shown, value, own), mask, scaling)
-    if not matched:
-        return out
-    rest = (~shown).to(value.dtype).expand_as(value)
-    return out * (1 - alpha * softmax_attention(query, key, rest, mask, scaling))
+
+    alpha: float | int = option("strength of the decay, finite", math.isfinite)
+
+    def attend(self, query, key, value, shown, mask, scaling, **options):
+        own = value if self.matched else (1 - self.alpha) * value
+        if shown is None:
+            out, share = _in_two_parts(query, key, value, key, own, mask, scaling)
+            return out * (1 - self.alpha * share) if self.matched else out
+        out = causal_sdpa(query, key, torch.where(shown, value, own), mask, scaling)
+        if not self.matched:
+            return out
+        rest = (~shown).to(value.dtype).expand_as(value)
+        return out * (1 - self.alpha * causal_sdpa(query, key, rest, mask, scaling))
 
 
-def augmented_attention(
-    query,
-    key,
-    value,
-    of_value,
-    of_key,
-    demonstrations=None,
-    mask=None,
-    scaling=None,
-):
+class AugmentedAttention(_Contrastive, kind="augmented"):
     """Attention whose demonstrations are augmented before they are paired.
 
     ``[g_1(V_D), V_T] softmax([g_2(K_D), K_T]ᵀ q)``: the two views of a demonstration
-    that the contrastive loss draws together, each changed by a map (Ren & Liu 2023).
-
-    Args:
-        of_value, of_key: ``g_1`` and ``g_2``, functions from ``(B, H_kv, P + T, d_h)``
-            to the same shape that act on every token by itself.
-
-    The other arguments, value and errors as :func:`regularised_attention`.
+    that the contrastive loss draws together, each changed by a map (Ren & Liu 2023). In
+    a model ``g_1``, ``of_value``, and ``g_2``, ``of_key``, are a :class:`View` each, or
+    in the control a :class:`Scale`, which all heads of a layer share.
     """
-    check_heads(query, key, value, mask)
-    views = of_key(key), of_value(value)
-    for name, view, like in zip(
-        ("of_key", "of_value"), views, (key, value), strict=True
-    ):
-        if view.shape != like.shape:
-            raise ValueError(
-                f"{name} must keep the shape {tuple(like.shape)}, but returned "
-                f"{tuple(view.shape)}"
-            )
-    if demonstrations is None:
-        return _in_two_parts(query, *views, key, value, mask, scaling)[0]
-    shown = _marks(demonstrations, key)
-    views = (torch.where(shown, a, b) for a, b in zip(views, (key, value), strict=True))
-    return softmax_attention(query, *views, mask, scaling)
+
+    hidden: int = option("width of the views' hidden layers", default=0)
+    depth: int = option("layers of a view, 1 or more", lambda n: n >= 1, default=1)
+    residual: bool = option("views in parallel; if False in series", default=True)
+
+    def init_learned(self, model, layer):
+        return {
+            name: self._view(model.config, 2 * layer + n).to(model.device, model.dtype)
+            for n, name in enumerate(("of_key", "of_value"))
+        }
+
+    def _view(self, config, seed):
+        heads = config.num_attention_heads
+        if self.matched:
+            return Scale(getattr(config, "num_key_value_heads", None) or heads)
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return View(width, self.hidden, self.depth, self.residual, seed)
+
+    def attend(self, query, key, value, shown, mask, scaling, module=None, **options):
+        of_key, of_value = (
+            options.get(name) or self.get_learned(module, name)
+            for name in ("of_key", "of_value")
+        )
+        keys, values = of_key(key), of_value(value)
+        if shown is None:
+            return _in_two_parts(query, keys, values, key, value, mask, scaling)[0]
+        keys, values = torch.where(shown, keys, key), torch.where(shown, values, value)
+        return causal_sdpa(query, keys, values, mask, scaling)
 
 
-def negative_attention(
-    query,
-    key,
-    value,
-    beta,
-    k,
-    demonstrations=None,
-    by="keys",
-    mask=None,
-    scaling=None,
-    matched=False,
-):
+class NegativeAttention(_Contrastive, kind="negative"):
     """Attention as a step on the contrastive loss with negatives (Ren & Liu 2023).
 
-    A demonstration is also pushed away from the ``k`` that are least like it, so its
-    value becomes ``v_i - (β/k) Σ_{j in N(i)} v_j``. The paper leaves open what "like"
-    is.
-
-    Args:
-        beta: finite.
-        k: 1 or more. A token with fewer candidates takes those there are.
-        demonstrations: as of :func:`regularised_attention`. Marked demonstrations
-            choose among each other. Left out, all tokens choose among those before
-            them, so that no token learns of a later one.
-        by: ``"keys"``, the inner product of two keys, or ``"scores"``, of a token's
-            query with the other's key (then ``query`` must hold all tokens).
-        matched: the control instead, demonstrations' values times ``1 - β``: the sum
-            of the weights is the same, but nothing is pushed away.
-
-    The other arguments, value and errors as :func:`regularised_attention`; besides,
-    ``k`` larger than the number of other demonstrations, or another ``by``.
+    A demonstration is also pushed away from the ``k`` that are least like it, or as
+    many as there are: its value becomes ``v_i - (β/k) Σ_{j in N(i)} v_j``. What is like
+    is open in the paper; here the inner product of two keys or of a query and a key.
+    The control scales values by ``1 - β``: nothing is pushed away.
     """
-    check_heads(query, key, value, mask)
-    _check_finite(beta=beta)
-    length = key.shape[2]
-    if by not in ("keys", "scores"):
-        raise ValueError(f"by must be 'keys' or 'scores', not {by!r}")
-    if by == "scores" and query.shape[2] != length:
-        raise ValueError("by='scores' needs the queries of all tokens")
-    shown = None if demonstrations is None else _marks(demonstrations, key)
-    others = length if shown is None else int(shown.sum(2).min())
-    if not 1 <= k < others:
-        raise ValueError(f"k must be 1 to {others - 1}, the other tokens; not {k}")
-    if by == "scores":
-        key, value = (repeated(x, query.shape[1]) for x in (key, value))
-    index, valid = _least_like(query if by == "scores" else key, key, k, shown, mask)
-    if matched:
-        pushed = value * (1 - beta * valid.any(-1, keepdim=True))
-    else:
-        share = valid.to(value.dtype) / valid.sum(-1, keepdim=True).clamp(min=1)
-        pushed = value - beta * _MeanOf.apply(value, index, share)
-    if shown is None:
-        return _in_two_parts(query, key, pushed, key, value, mask, scaling)[0]
-    return softmax_attention(
-        query, key, torch.where(shown, pushed, value), mask, scaling
-    )
+
+    beta: float | int = option("weight of the negatives, finite", math.isfinite)
+    k: int = option("negatives of a token, 1 or more", lambda k: k >= 1)
+    by: str = option("'keys' or 'scores'", ("keys", "scores").__contains__, "keys")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if 0 < self.demonstrations <= self.k:
+            raise ValueError(f"k = {self.k} is not below {self.demonstrations=}")
+
+    def attend(self, query, key, value, shown, mask, scaling, **options):
+        if self.by == "scores":
+            if query.shape[2] != key.shape[2]:
+                raise ValueError("by='scores' needs the queries of all tokens")
+            key, value = (repeat_kv(x, query.shape[1]) for x in (key, value))
+        k = min(self.k, (self.demonstrations or key.shape[2]) - 1)
+        left = query if self.by == "scores" else key
+        index, valid = _least_like(left, key, k, shown, mask)
+        if self.matched:
+            pushed = value * (1 - self.beta * valid.any(-1, keepdim=True))
+        else:
+            share = valid.to(value.dtype) / valid.sum(-1, keepdim=True).clamp(min=1)
+            pushed = value - self.beta * _MeanOf.apply(value, index, share)
+        if shown is None:
+            return _in_two_parts(query, key, pushed, key, value, mask, scaling)[0]
+        pushed = torch.where(shown, pushed, value)
+        return causal_sdpa(query, key, pushed, mask, scaling)
 
 
-def differential_attention(query, key, value, lam, mask=None, scaling=None):
+class DifferentialAttention(AttentionKind, kind="differential"):
     """``(softmax_1 - λ softmax_2) V``, differential attention (Ye et al. 2024).
 
-    Queries and keys are cut in two, a half for each. What the second attends to is
-    pushed away like a negative, but the model learns what that is. The norm that the
-    authors put behind each head is left out here.
-
-    Args:
-        lam: λ, finite.
-        scaling: of the scores; left out, ``1/√(d_h/2)``.
-
-    The other arguments, value and errors as :func:`momentum_attention`.
-
-    Raises:
-        ValueError: also if the width of the heads is odd.
+    Queries and keys are cut in two, a half for each, with scores scaled by ``√2`` more.
+    What the second attends to is pushed away like a negative, but the model learns what
+    that is. The norm that the authors put behind each head is left out here.
     """
-    check_heads(query, key, value, mask)
-    _check_finite(lam=lam)
-    if query.shape[-1] % 2:
-        raise ValueError(f"heads of width {query.shape[-1]} cannot be cut in two")
-    pairs = zip(query.chunk(2, -1), key.chunk(2, -1), strict=True)
-    first, second = (softmax_attention(q, k, value, mask, scaling) for q, k in pairs)
-    return first - lam * second
+
+    lam: float | int = option("weight λ of the second softmax, finite", math.isfinite)
+
+    def forward(self, query, key, value, mask, scaling=None, **options):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        halves = (x.unflatten(-1, (2, -1)).unbind(-2) for x in (query, key))
+        first, second = (
+            causal_sdpa(q, k, value, mask, scaling * 2**0.5)
+            for q, k in zip(*halves, strict=True)
+        )
+        return first - self.lam * second
 
 
 class View(torch.nn.Module):
@@ -189,26 +170,13 @@ class View(torch.nn.Module):
     with ``W_2 = 0`` at first, or in series ``W_2 σ(W_1 z)`` with
     ``W_1 = [1; -1; ...]`` and ``W_2 = [1, -1, 0]``, for ``σ(z) - σ(-z) = z`` of the
     GELU. Which form Ren & Liu (2023) used is not known to us.
-
-    Args:
-        width: of the heads, d_h.
-        hidden: width of the hidden layers; in series at least ``2 d_h``.
-        depth: how many layers.
-        residual: in parallel or, if False, in series.
-        seed: draws ``W_1``.
-
-    Raises:
-        ValueError: ``depth`` or ``hidden`` too small.
     """
 
     def __init__(self, width, hidden, depth=1, residual=True, seed=0):
         super().__init__()
-        if depth < 1 or hidden < (1 if residual else 2 * width):
-            raise ValueError(
-                f"a view of depth {depth} with {hidden} hidden units: depth is 1 or "
-                f"more, and heads of width {width} need a hidden width of "
-                f"{1 if residual else 2 * width} or more"
-            )
+        least = 1 if residual else 2 * width
+        if hidden < least:
+            raise ValueError(f"hidden must be {least} or more, not {hidden}")
         self.residual = residual
         generator = torch.Generator().manual_seed(seed)
         into = torch.randn(depth, hidden, width, generator=generator) / width**0.5
@@ -220,13 +188,13 @@ class View(torch.nn.Module):
 
     def forward(self, z):
         for into, out in zip(self.into, self.out, strict=True):
-            step = torch.nn.functional.gelu(z @ into.T) @ out.T
+            step = gelu(z @ into.T) @ out.T
             z = z + step if self.residual else step
         return z
 
 
 class Scale(torch.nn.Module):
-    """One learned number a head, 1 at first: the control for :class:`View`."""
+    """One learned number per head, 1 at first: the control for :class:`View`."""
 
     def __init__(self, heads):
         super().__init__()
@@ -236,61 +204,28 @@ class Scale(torch.nn.Module):
         return z * self.by[:, None, None]
 
 
-def _check_finite(**numbers):
-    for name, number in numbers.items():
-        if not math.isfinite(number):
-            raise ValueError(f"{name} must be finite, not {number}")
-
-
-def _marks(demonstrations, key):
-    """``(B or 1, 1, P + T, 1)`` from marks ``(P + T,)`` or ``(B, P + T)``."""
-    marks = torch.as_tensor(demonstrations, device=key.device)
-    batch, _, length, _ = key.shape
-    if marks.dtype != torch.bool or marks.shape not in ((length,), (batch, length)):
-        raise ValueError(
-            f"demonstrations must be booleans ({length},) or ({batch}, {length}), not "
-            f"{marks.dtype} {tuple(marks.shape)}"
-        )
-    marks = marks.reshape(-1, length)
-    if not marks.any(1).all():
-        raise ValueError("demonstrations marks no token of some sequence")
-    return marks[:, None, :, None]
-
-
-def _in_two_parts(query, key, value, own_key, own_value, mask, scaling):
+def _in_two_parts(query, key, value, own_key, own_value, mask, scale):
     """Causal attention in which a query's own token has a key and value of its own.
 
-    What came before is summed up by its normaliser, so that the own token joins by
-    the logistic function of how far its score is above.
-
-    Returns:
-        the output ``(B, H, T, d_h)``, and the own tokens' weights ``(B, H, T, 1)``.
+    What came before is summed up by its normaliser, so that the own token joins with
+    a weight, also returned: the logistic function of how far its score is above.
     """
-    tokens, length = query.shape[2], key.shape[2]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    heads = query.shape[1]
+    (heads, tokens), length = query.shape[1:3], key.shape[2]
     own_key, own_value = (
-        repeated(x[:, :, length - tokens :], heads) for x in (own_key, own_value)
+        repeat_kv(x[:, :, length - tokens :], heads) for x in (own_key, own_value)
     )
     score = (query * own_key).sum(-1) * scale
     if mask is None and tokens == length > 1:
-        before = scaled_dot_product_attention(
-            query[:, :, 1:],
-            key[:, :, :-1],
-            value[:, :, :-1],
-            is_causal=True,
-            scale=scale,
-            enable_gqa=heads != key.shape[1],
-        )
-        before = pad(before, (0, 0, 1, 0))
-        total = _LogNormaliser.apply(query, repeated(key, heads), scale)
+        last = key[:, :, :-1], value[:, :, :-1]
+        before = pad(causal_sdpa(query[:, :, 1:], *last, None, scale), (0, 0, 1, 0))
+        total = _LogNormaliser.apply(query, repeat_kv(key, heads), scale)
     else:
-        seen = distances(mask, tokens, length, query.device) > 0
-        scores = query @ repeated(key, heads).mT * scale
+        seen = relative_positions(mask, tokens, length, query.device) > 0
+        scores = query @ repeat_kv(key, heads).mT * scale
         scores = scores.masked_fill(~seen, -torch.inf)
         total = scores.logsumexp(-1)
         weights = scores - total.clamp(min=torch.finfo(scores.dtype).min)[..., None]
-        before = weights.exp() @ repeated(value, heads)
+        before = weights.exp() @ repeat_kv(value, heads)
     own = torch.sigmoid(score - total)[..., None]
     return before + own * (own_value - before), own
 
@@ -298,7 +233,7 @@ def _in_two_parts(query, key, value, own_key, own_value, mask, scaling):
 class _LogNormaliser(torch.autograd.Function):
     """``log Σ_{i<t} exp(q_t·k_i scale)`` for all t at once, ``(B, H, T)``, by blocks.
 
-    No more than a block of the scores is held at a time; backward makes them again.
+    No more than a block of the scores is held at a time; backward recomputes them.
     """
 
     @staticmethod
@@ -338,38 +273,27 @@ def _earlier(left, right, start):
 
 @torch.no_grad()
 def _least_like(left, key, k, shown, mask):
-    """The k tokens with the least ``left_i·k_j`` for every i, and which of them count.
-
-    Returns:
-        indices and booleans ``(B, H, P + T, k)``.
-    """
+    """The k tokens with the least ``left_i·k_j`` for each i, and whether they count."""
     length = left.shape[2]
+    place = torch.arange(length, device=key.device)
+    allowed = place.new_ones(1, 1, 1, 1, dtype=torch.bool)
+    if mask is not None:  # its rows are the last tokens'; before them stood causal ones
+        seen = to_bool_mask(mask)
+        rows = seen.any(2, keepdim=True).expand(-1, -1, length - mask.shape[2], -1)
+        allowed = torch.cat([rows, seen], 2)
+    if shown is not None:
+        allowed = allowed.any(2, keepdim=True) & shown.mT
+    allowed = allowed.expand(-1, -1, length, length)
+    excluded = torch.ge if shown is None else torch.eq
     indices, valid = [], []
-    seen = None if mask is None else _seen_by_all(mask, length)
     for start in range(0, length, BLOCK):
-        end = min(start + BLOCK, length)
-        like = left[:, :, start:end] @ key.mT
-        place = torch.arange(length, device=key.device)
-        if shown is None:
-            out = place >= place[start:end, None]
-        else:
-            out = (place == place[start:end, None]) | ~shown[..., 0][:, :, None]
-        if seen is not None:
-            who = seen[:, :, start:end] if shown is None else seen.any(2, keepdim=True)
-            out = out | ~who
+        rows = slice(start, start + BLOCK)
+        like = left[:, :, rows] @ key.mT
+        out = excluded(place, place[rows, None]) | ~allowed[:, :, rows]
         like, index = like.masked_fill_(out, torch.inf).topk(k, largest=False)
         indices.append(index)
         valid.append(like < torch.inf)
     return torch.cat(indices, 2), torch.cat(valid, 2)
-
-
-def _seen_by_all(mask, length):
-    """What every token may look at, ``(B, 1, P + T, P + T)``: a mask has rows for the
-    last T tokens, and those before them stood in causal rows."""
-    seen = visible(mask)
-    start = length - mask.shape[2]
-    rows = seen.any(2, keepdim=True).expand(-1, -1, start, -1)
-    return torch.cat([rows, seen], 2)
 
 
 class _MeanOf(torch.autograd.Function):
@@ -392,7 +316,7 @@ class _MeanOf(torch.autograd.Function):
 
 
 def _blocks(index, share):
-    """Blocks of rows, and their matrices of shares ``(B, H, block, P + T)``."""
+    """Blocks of rows, and their matrices of shares ``(B, H, block, S)``."""
     length = index.shape[2]
     for start in range(0, length, BLOCK):
         rows = slice(start, start + BLOCK)

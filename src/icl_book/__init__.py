@@ -1,0 +1,1 @@
+"""What runs the notebooks of the book and makes its pages; ``icl`` is the science."""

@@ -1,0 +1,85 @@
+"""The commands of the book: ``python -m icl_book book``, ``chapter`` and ``sweep``."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from icl.assets import AssetError
+from icl_book.build import build_book, chapter_path, chapters
+from icl_book.execute import parse_parameters, plan, run_once
+from icl_book.store import NOTEBOOK, ROOT, BookError, table_path
+from icl_book.sweep import dry_run, make_table, read_grid
+
+
+def book(scale, to):
+    page = build_book(scale, to.resolve()) / "index.html"
+    print(page)
+    return True
+
+
+def chapter(name, parameters):
+    if name not in chapters():
+        there = ", ".join(chapters())
+        raise BookError(f"there is no chapter {name!r}; there are {there}")
+    values = parse_parameters(chapter_path(name), parameters)
+    (run,) = plan(chapter_path(name), [values], ROOT / "_build" / "runs")
+    record = run_once(run, progress=sys.stderr.isatty())
+    seconds, memory = f"{record['seconds']:.0f} s", f"{record['peak_gb']:.1f} GB"
+    print(f"{run.folder / NOTEBOOK}: {seconds}, {memory} of memory")
+    return True
+
+
+def sweep(grid, to, dry, committed, **options):
+    if dry:
+        workers = options["workers"] or os.cpu_count()
+        folder = to or ROOT / "_build" / "sweeps" / grid.stem
+        dry_run(read_grid(grid), folder.resolve(), workers)
+        return True
+    table = table_path(grid.stem) if committed else None
+    return make_table(grid, to, table, **options)
+
+
+def main(arguments=None) -> int:
+    """The command line; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m icl_book", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    own = commands.add_parser("book", help="run every chapter, build the pages")
+    own.add_argument("--scale", default="laptop")
+    own.add_argument("--to", type=Path, default=ROOT / "_build" / "book")
+    own.set_defaults(command=book)
+    own = commands.add_parser("chapter", help="run one chapter")
+    own.add_argument("name")
+    own.add_argument("parameters", nargs="*", metavar="key=value")
+    own.set_defaults(command=chapter)
+    own = commands.add_parser("sweep", help="run a grid, and collect its table")
+    own.add_argument("grid", type=Path, help="as those in experiments/")
+    own.add_argument("--to", type=Path, help="folder; default _build/sweeps/GRID")
+    own.add_argument("--scheduler", help="tcp://HOST:PORT; default this machine")
+    own.add_argument("--scheduler-file", type=Path)
+    own.add_argument("--workers", type=int, help="on this machine; default its cores")
+    own.add_argument("--timeout", type=float, default=30, help="of the scheduler, s")
+    own.add_argument("--retry-failed", action="store_true")
+    own.add_argument("--dry-run", action="store_true", dest="dry", help="print runs")
+    own.add_argument("--committed", action="store_true", help="collect into results/")
+    own.add_argument(
+        "--only-missing", action="store_true", help="not those that its table has"
+    )
+    own.set_defaults(command=sweep)
+    options = vars(parser.parse_args(arguments))
+    start = time.perf_counter()
+    try:
+        done = options.pop("command")(**options)
+    except (BookError, AssetError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes", file=sys.stderr)
+        return 130
+    print(f"after {time.perf_counter() - start:.0f} s")
+    return 0 if done else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

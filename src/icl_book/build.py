@@ -1,0 +1,178 @@
+"""Build the book from what its chapters gave, each run once."""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import nbformat
+
+from icl.assets import ASSETS, cache_dir, fetch
+from icl_book.execute import (
+    SOURCE_DATE_EPOCH,
+    findings_of,
+    parse_parameters,
+    plan,
+    read_parameters,
+    run_once,
+)
+from icl_book.scoreboard import picture, read_claims, scoreboard
+from icl_book.store import NOTEBOOK, ROOT, BookError
+from icl_book.sweep import log
+
+#: Of MathJax, what the pages load.
+MATHJAX = re.compile(
+    r".*/static/mathjax/(tex-chtml\.js|output/chtml/fonts/woff-v2/.*\.woff"
+    r"|input/tex/extensions/.*\.js)$"
+)
+
+
+def notebooks() -> list[str]:
+    """Names of the pages that run, in the order of ``_toc.yml``."""
+    toc = (ROOT / "_toc.yml").read_text()
+    names = re.findall(r"(?:file|root): *book/(\S+)", toc)
+    return [name for name in names if chapter_path(name).is_file()]
+
+
+def chapters() -> list[str]:
+    """Those of them that are numbered."""
+    return [name for name in notebooks() if name[0].isdigit()]
+
+
+def chapter_path(name: str) -> Path:
+    """The notebook of a page."""
+    return ROOT / "book" / f"{name}.ipynb"
+
+
+def run_page(path: Path, scale: str):
+    """``(run, record)`` of a page at ``scale``, if it has that parameter."""
+    given = {"scale": scale} if "scale" in read_parameters(path) else {}
+    (run,) = plan(path, [given], ROOT / "_build" / "runs")
+    return run, run_once(run)
+
+
+def build_book(scale: str, folder: Path) -> Path:
+    """Run every chapter at ``scale`` and build the HTML, warnings as errors.
+
+    Returns:
+        the folder with the pages.
+
+    Raises:
+        BookError: a chapter failed, or the build gave a warning.
+    """
+    for name in chapters():  # before the first kernel starts
+        parse_parameters(chapter_path(name), [f"scale={scale}"])
+    download_assets()
+    records = {}
+    for name in notebooks():
+        log(f"{name} ...", end=" ")
+        run, record = run_page(chapter_path(name), scale)
+        records[name] = record | {"folder": run.folder}
+        again = ", unchanged since its last run" if record["cached"] else ""
+        log(f"{record['seconds']:.0f} s, {record['peak_gb']:.1f} GB{again}")
+    source = _assemble(records, scale, folder)
+    log("building the pages ...", end=" ")
+    start = time.perf_counter()
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", source]
+    command += ["--path-output", folder, "-W", "-n", "--keep-going", "-q"]
+    dates = {"SOURCE_DATE_EPOCH": SOURCE_DATE_EPOCH, "JUPYTER_PLATFORM_DIRS": "1"}
+    environment = os.environ | dates
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if run.returncode:
+        problems = [s for s in run.stderr.splitlines() if "WARN" in s or "ERR" in s]
+        tail = problems[-30:] or (run.stdout + run.stderr).splitlines()[-30:]
+        raise BookError("\n".join(tail) + "\n\nthe pages could not be built")
+    html = folder / "html"
+    shutil.rmtree(html, ignore_errors=True)
+    shutil.move(folder / "_build" / "html", html)
+    log(f"{time.perf_counter() - start:.0f} s")
+    new = source / "book" / "verdicts.svg"
+    if (
+        scale == "laptop"
+        and new.read_bytes() != (ROOT / "book" / new.name).read_bytes()
+    ):
+        log(f"the README's picture has other verdicts: cp {new} book/")
+    return html
+
+
+def download_assets():
+    """Fetch and convert all that chapters read, so that none is timed with it."""
+    from icl.models import built_in  # torch and transformers: not for every command
+
+    start = time.perf_counter()
+    log("model, text and MathJax ...", end=" ")
+    for name in ASSETS:
+        fetch(name)
+    built_in()
+    log(f"{time.perf_counter() - start:.0f} s, in {cache_dir()}")
+
+
+def _assemble(records, scale, folder):
+    """A copy of the book's sources, with its chapters executed."""
+    source = folder / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.rmtree(folder / "_build", ignore_errors=True)
+    shutil.copytree(ROOT / "book", source / "book", ignore=_not_pages)
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, source / name)
+    executions = [["chapter", "scale", "seconds", "peak memory, GB"]]
+    found = {}
+    for name, record in records.items():
+        page = executed_page(chapter_path(name), record["folder"] / NOTEBOOK)
+        if name not in chapters():
+            nbformat.write(page, source / "book" / f"{name}.ipynb")
+            continue
+        seconds, memory = f"{record['seconds']:.0f}", f"{record['peak_gb']:.1f}"
+        executions.append([f"{{doc}}`{name}`", scale, seconds, memory])
+        found[name] = findings_of(page)
+        facts = [f"{seconds} s", f"{memory} GB", f"{os.cpu_count()} cores"]
+        badges = " ".join(f"{{bdg-primary-line}}`{fact}`" for fact in facts)
+        title, *rest = page.cells[0].source.split("\n", 1)
+        page.cells[0].source = "\n\n".join([title, badges, *rest])
+        nbformat.write(page, source / "book" / f"{name}.ipynb")
+    known = read_claims(ROOT / "book" / "claims.toml")
+    claims, statements = scoreboard(known, found)
+    picture(known, found, source / "book" / "verdicts.svg")
+    tables = {"execution": executions, "claims": claims, "statements": statements}
+    for name, rows in tables.items():
+        with open(source / "book" / f"{name}.csv", "w", newline="") as table:
+            csv.writer(table).writerows(rows)
+    with zipfile.ZipFile(fetch("mathjax")) as wheel:
+        for member in wheel.namelist():
+            if match := MATHJAX.match(member):
+                path = source / "_mathjax" / "mathjax" / match[1]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(wheel.read(member))
+    return source
+
+
+def executed_page(source: Path, run: Path):
+    """A notebook with its prose as it stands and the outputs of its run.
+
+    Only code decides whether a notebook runs again, so its prose may be newer.
+    """
+    page, done = (nbformat.read(path, as_version=4) for path in (source, run))
+    outputs, cells = [c for c in done.cells if c.cell_type == "code"], []
+    for cell in page.cells:
+        if cell.cell_type != "code":
+            cells.append(cell)
+            continue
+        ran = outputs.pop(0)
+        ran.metadata = nbformat.from_dict(ran.metadata | cell.metadata)
+        cells.append(ran)
+        injected = outputs and "injected-parameters" in outputs[0].metadata.get(
+            "tags", ()
+        )
+        if injected:
+            cells.append(outputs.pop(0))
+    page.cells, page.metadata = cells, done.metadata
+    return page
+
+
+def _not_pages(_, names):
+    return [n for n in names if n.endswith((".ipynb", ".toml")) or n.startswith(".")]

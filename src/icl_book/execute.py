@@ -1,0 +1,385 @@
+"""Run a notebook once: parameters checked, the result kept under its fingerprint.
+
+papermill executes it, in a fresh kernel of this Python. A finished run is not made
+again while nothing changes that it depends on; :func:`inputs` lists that.
+"""
+
+import ast
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+import papermill
+import psutil
+import yaml
+from filelock import FileLock
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning import LocalProvisioner
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+from icl_book.store import (
+    NOTEBOOK,
+    PACKAGES,
+    RESULT,
+    ROOT,
+    BookError,
+    environment,
+    read_run,
+    save_run,
+    table_path,
+)
+
+LIMIT = 3600  # seconds that a run may take
+SOURCE_DATE_EPOCH = "1767225600"  # 2026, for all dates that a build would write
+#: Of a kernel, so that a run depends on no setting of its machine.
+KERNEL_ENV = {
+    "SOURCE_DATE_EPOCH": SOURCE_DATE_EPOCH,
+    "PYTHONHASHSEED": "0",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    "JUPYTER_PLATFORM_DIRS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+}
+
+
+# -- parameters ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a parameters cell: ``name: type = literal  # allowed: help``.
+
+    ``a | b | c`` allows three words, ``1..7`` a range; without either, any value of
+    the type (str, int, float, bool or list) is allowed.
+    """
+
+    name: str
+    default: object
+    allowed: tuple
+    help: str
+
+    def check(self, value):
+        """A value from YAML or the command line, in the parameter's type.
+
+        Raises:
+            ValueError: wrong type, not finite, or outside what is allowed.
+        """
+        kind, given = type(self.default), f"{self.name}={value}"
+        if kind is not str and isinstance(value, str):
+            with suppress(yaml.YAMLError):
+                value = yaml.safe_load(value)
+        if kind is float and not isinstance(value, bool):
+            with suppress(TypeError, ValueError):
+                value = float(value)  # YAML takes 1e-3 for a word and 1 for an int
+        if type(value) is not kind:
+            default = f"default {self.default!r}"
+            raise ValueError(f"{given} is not of type {kind.__name__} ({default})")
+        if kind is float and not math.isfinite(value):
+            raise ValueError(f"{given} is not finite")
+        if self.allowed and kind is str and value not in self.allowed:
+            raise ValueError(f"{given} is not one of {', '.join(self.allowed)}")
+        if self.allowed and kind is not str:
+            low, high = self.allowed
+            if not low <= value <= high:
+                raise ValueError(f"{given} is outside {low}..{high}")
+        return value
+
+
+def read_parameters(notebook: Path) -> dict[str, Parameter]:
+    """The parameters of a notebook, from its cell tagged ``parameters``.
+
+    Raises:
+        BookError: a line of another form.
+    """
+    found = {}
+    for name, line in papermill.inspect_notebook(str(notebook)).items():
+        kind, text = line["inferred_type_name"], line["help"].strip()
+        try:
+            default = ast.literal_eval(line["default"])
+        except (ValueError, SyntaxError):
+            default = None
+        if type(default).__name__ != kind or not text:
+            raise BookError(
+                f"{notebook.name}, parameters cell: write {name}: type = literal  "
+                f"# help, not {name}: {kind} = {line['default']}  # {text}"
+            )
+        words = re.match(r"([\w.-]+(?: \| [\w.-]+)+): (.*)", text)
+        bounds = re.match(r"(-?[\d.e+-]*\d)\.\.(-?[\d.e+-]*\d): (.*)", text)
+        allowed = ()
+        if words and kind == "str":
+            allowed, text = tuple(words[1].split(" | ")), words[2]
+        elif bounds and kind in ("int", "float"):
+            allowed = tuple(map(type(default), bounds.groups()[:2]))
+            text = bounds[3]
+        found[name] = Parameter(name, default, allowed, text)
+    return found
+
+
+def parse_parameters(notebook: Path, given: list[str]) -> dict:
+    """Values of ``key=value`` strings, checked against the notebook's cell.
+
+    Raises:
+        BookError: no such parameter, or a value that is not allowed.
+    """
+    known, values = read_parameters(notebook), {}
+    for item in given:
+        key, separator, text = item.partition("=")
+        if not separator or key not in known:
+            what = f"has no parameter {key!r}" if separator else f"got {item!r}"
+            lines = [f"  {p.name}={p.default}  {p.help}" for p in known.values()]
+            lines = "\n".join([f"{notebook.stem} {what}; write key=value of", *lines])
+            raise BookError(lines)
+        try:
+            values[key] = known[key].check(text)
+        except ValueError as error:
+            raise BookError(f"{notebook.stem}: {error}") from None
+    return values
+
+
+# -- what a run depends on -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A notebook with values for all its parameters, and the folder of its result."""
+
+    notebook: Path
+    parameters: dict
+    threads: int | None
+    fingerprint: str
+    folder: Path
+
+    def label(self, names=()) -> str:
+        """Parameters by name, in words; left out, all of them."""
+        return " ".join(f"{n}={self.parameters[n]}" for n in names or self.parameters)
+
+
+def inputs(notebook: Path, models=(), threads=None) -> dict[str, str]:
+    """Hashes of all that a run depends on but its parameters, by what each is called.
+
+    Of a notebook the code counts, not the prose; of the tables, those that the code
+    reads; of the text, all in ``ICL_DATA``.
+
+    Args:
+        models: what its parameter ``model`` may be.
+        threads: that its kernel computes with.
+    """
+    cells = nbformat.read(notebook, as_version=4).cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    packages = (ROOT / "src" / "icl", ROOT / "src" / "icl_book")
+    source = [p for own in packages for p in own.rglob("*") if p.suffix != ".pyc"]
+    named = re.findall(r"read_table\(\s*[\"'](\w+)[\"']", "\n".join(code))
+    if len(named) < "\n".join(code).count("read_table("):  # by a variable: any table
+        named = [path.stem for path in table_path("x").parent.glob("*.csv")]
+    tables = [table_path(n).with_suffix(s) for n in named for s in (".csv", ".json")]
+    data = Path(os.environ.get("ICL_DATA") or os.devnull).expanduser().resolve()
+    found = {
+        "notebook": _digest(code),
+        "package": _of_files(source),
+        "versions": _digest([sys.version_info[:2], *map(version, PACKAGES)]),
+        "tables": _of_files(tables),
+        "text": _of_files(data.glob("*/*")),
+        "threads": str(threads),
+    }
+    for name in filter(None, models):
+        path = ROOT / name
+        files = path.glob("*") if path.is_dir() else [path]
+        found[f"model {name}"] = _of_files(files) if path.exists() else name
+    return found
+
+
+def plan(notebook: Path, parameters: list[dict], folder: Path, threads=None):
+    """A list of :class:`Run`, one for each dict of parameters that are no defaults."""
+    defaults = {p.name: p.default for p in read_parameters(notebook).values()}
+    filled, runs = [defaults | given for given in parameters], []
+    shared = inputs(notebook, {given.get("model") for given in filled}, threads)
+    for given in filled:
+        model = f"model {given.get('model')}"
+        own = {k: v for k, v in shared.items() if k == model or "model" not in k}
+        key = _digest([own, given])
+        entry = folder / f"{notebook.stem}-{key}"
+        runs.append(Run(notebook, given, threads, key, entry))
+    return runs
+
+
+def _digest(content):
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _of_files(paths):
+    marks = []
+    for path in sorted({*paths}):
+        with suppress(FileNotFoundError):
+            stat = path.stat()
+            if path.is_file():
+                marks.append((path, stat.st_size, stat.st_mtime_ns))
+    return _digest([(*mark[0].parts[-2:], _of_file(*mark)) for mark in marks])
+
+
+@lru_cache(4096)
+def _of_file(path, size, modified):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- a run ---------------------------------------------------------------------------
+
+
+class Provisioner(LocalProvisioner):
+    """Starts a kernel of this Python, whatever other kernels there are."""
+
+    async def launch_kernel(self, cmd, **options):
+        file, options["env"] = self.parent.connection_file, self.parent.environment
+        command = [sys.executable, "-P", "-m", "ipykernel_launcher", "-f", file]
+        return await super().launch_kernel(command, **options)
+
+
+def kernel_env(threads=None) -> dict[str, str]:
+    """The environment of a kernel that computes with so many threads."""
+    own = {f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "MKL", "OPENBLAS")}
+    found = os.environ | KERNEL_ENV | (own if threads else {})
+    # Dask's, for its workers: memory goes back after every product, and comes again
+    found.pop("MALLOC_TRIM_THRESHOLD_", None)
+    return found
+
+
+def kernel_manager(folder, threads=None, provisioner=Provisioner):
+    """A class of kernel managers for papermill; sockets are files in ``folder``."""
+
+    class Manager(AsyncKernelManager):
+        kernel_spec = KernelSpec(display_name="Python 3", language="python")
+        environment = kernel_env(threads)
+        peak = 0
+
+        def __init__(self, **options):
+            super().__init__(**options, transport="ipc", ip=f"{folder}/socket")
+            self.connection_file = f"{folder}/kernel.json"
+            spec = {"kernel_spec": self.kernel_spec, "kernel_id": "run"}
+            self.provisioner = provisioner(parent=self, **spec)
+            Manager.last = self
+
+        @classmethod
+        def watch(cls, **_):
+            """Note the most memory that the kernel has had, in bytes."""
+            with suppress(psutil.Error, OSError):
+                pid = cls.last.provisioner.pid
+                cls.peak = max(cls.peak, psutil.Process(pid).memory_info().rss)
+                with open(f"/proc/{pid}/status") as status:  # Linux knows the peak
+                    peak = next(s.split()[1] for s in status if "VmHWM" in s)
+                cls.peak = max(cls.peak, 1024 * int(peak))
+
+    return Manager
+
+
+def run_once(run: Run, limit=LIMIT, provisioner=Provisioner, progress=False) -> dict:
+    """Make a run, unless its result is there.
+
+    Args:
+        limit: seconds that it may take.
+        provisioner: a class that starts its kernel.
+        progress: whether to show papermill's bar.
+
+    Returns:
+        the record: ``rows`` and ``facts`` that the notebook has entered, ``seconds``,
+        ``peak_gb``, ``cached`` (whether the result was there) and more.
+
+    Raises:
+        BookError: the notebook failed, with its error; the folder of the run has the
+            notebook up to there.
+        OSError: the result cannot be written.
+    """
+    store = run.folder.parent
+    store.mkdir(parents=True, exist_ok=True)
+    with FileLock(store / f".{run.folder.name}.lock"):
+        status, record = read_run(run.folder)
+        if status == "finished":
+            return record | {"cached": True}
+        scratch = Path(tempfile.mkdtemp(prefix=".run-", dir=store))
+        try:
+            record = _execute(run, scratch / NOTEBOOK, limit, provisioner, progress)
+            save_run(run.folder, scratch, record)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    if record["error"] is not None:
+        raise BookError(
+            f"{run.notebook.stem}: {record['error']}\nThe run, with its traceback, is "
+            f"in {run.folder / NOTEBOOK}"
+        )
+    return record | {"cached": False}
+
+
+def _execute(run, target, limit, provisioner, progress):
+    started, cell, error, rows, facts = time.perf_counter(), {}, None, [], {}
+    short = tempfile.gettempdir()  # the path of a socket holds some 100 characters
+    short = short if len(short) < 60 else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="icl-", dir=short) as folder:
+        manager = kernel_manager(folder, run.threads, provisioner)
+        try:
+            done = papermill.execute_notebook(
+                run.notebook,
+                target,
+                run.parameters,
+                kernel_name="python3",
+                cwd=ROOT,
+                progress_bar=progress,
+                kernel_manager_class=manager,
+                timeout_func=lambda _: max(1, limit - time.perf_counter() + started),
+                on_cell_start=lambda cell_index, **now: cell.update(now["cell"]),
+                on_cell_executed=manager.watch,
+            )
+            rows, facts = entered(done)
+        except papermill.PapermillExecutionError as problem:
+            where = f"In [{problem.exec_count}]"
+            error = f"{where} failed with {problem.ename}: {problem.evalue}"
+        except (DeadKernelError, CellTimeoutError) as problem:
+            late = isinstance(problem, CellTimeoutError)
+            why = f"was stopped after {limit} s" if late else "ended its kernel"
+            first = cell.get("source", "").strip().split("\n")[0]
+            error = f"the cell {first!r} {why}"
+    return {
+        "fingerprint": run.fingerprint,
+        "parameters": run.parameters,
+        "error": error,
+        "rows": rows,
+        "facts": facts,
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_gb": round(manager.peak / 2**30, 3),
+        "made": environment() | {"threads": run.threads},
+    }
+
+
+def findings_of(notebook) -> list[dict]:
+    """What :func:`icl_book.page.finding` left in an executed notebook."""
+    outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", ())]
+    glued = [o for o in outputs if "scrapbook" in o.get("metadata", {})]
+    return [ast.literal_eval("".join(*o["data"].values())) for o in glued]
+
+
+def entered(notebook) -> tuple[list[dict], dict]:
+    """Rows and facts that an executed notebook has entered by
+    :func:`icl_book.page.result`; if it has not, its findings in one row."""
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
+    found = [o["data"][RESULT] for o in outputs if RESULT in o.get("data", {})]
+    rows = [row for part in found for row in part["rows"]]
+    values = {}
+    for finding in [] if rows else findings_of(notebook):
+        name = finding["statement"]
+        values[name] = finding["verdict"]
+        parts = finding.keys() & {"mean", "low", "high"}
+        values |= {f"{name}, {part}": finding[part] for part in sorted(parts)}
+    facts = {name: value for part in found for name, value in part["facts"].items()}
+    return rows or ([values] if values else []), facts

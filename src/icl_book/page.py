@@ -1,0 +1,294 @@
+"""What every chapter opens and closes with, its ``check`` lines and its findings."""
+
+import base64
+import datetime
+import html
+import io
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from IPython.display import HTML, display
+
+from icl_book.store import RESULT, commit
+
+#: How much is run, from seconds (tests) and a minute (reading) to the whole protocol.
+SCALES = ("smoke", "laptop", "paper")
+
+#: One colour a role, for the whole book (Okabe & Ito's colour-blind-safe set,
+#: lightened or darkened to be read on white and on near-black).
+COLOURS = {
+    "ZSL": "#8a8f98",
+    "ICL": "#2f8fce",
+    "FT": "#e07b1a",
+    "momentum": "#c65fa0",
+    "decay": "#1f9e78",
+    "exact": "#a88600",
+    "precond": "#8272d6",
+    "random": "#d1495b",
+    "neutral": "#7a828e",  # lines to compare with, and text
+}
+
+#: The paper's tasks as figures and tables name them, in the paper's order.
+TASK_NAMES = dict(
+    sst2="SST2", sst5="SST5", mr="MR", subj="Subj", agnews="AGNews", cb="CB"
+)
+
+_opened = {}
+_checks = []
+_findings = []
+
+
+def begin(scale: str, seed: int = 0):
+    """Open a chapter: check its scale, seed everything, set the figures' style.
+
+    Raises:
+        ValueError: ``scale`` is not one of ``SCALES``.
+    """
+    import torch  # seconds, which not every experiment needs
+
+    if scale not in SCALES:
+        raise ValueError(f"scale {scale!r} is not one of {', '.join(SCALES)}")
+    _checks.clear()
+    _findings.clear()
+    _opened.update(started=time.perf_counter(), scale=scale, seed=seed)
+    np.random.seed(seed)  # noqa: NPY002  (for libraries that draw from it)
+    torch.manual_seed(seed)
+    plt.style.use("icl_book.book")
+    try:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    set_matplotlib_formats("svg", metadata={"Date": None})
+
+
+def check(claim, got, expected=0.0, tolerance=0.0) -> None:
+    """Print a claim with what was expected and found; fail if they differ.
+
+    Args:
+        claim: the statement, in words.
+        got: a number, or an array of them.
+        expected: what ``got`` should be (array or number).
+        tolerance: the largest allowed absolute difference. 0 asks for equality.
+
+    Raises:
+        AssertionError: some difference exceeds the tolerance or is NaN.
+    """
+    got, expected = (
+        np.asarray(v.detach().cpu() if hasattr(v, "detach") else v, dtype=float)
+        for v in (got, expected)
+    )
+    error = float(np.max(np.abs(got - expected))) if got.size else float("nan")
+    holds = error <= tolerance
+    if got.size == 1:
+        found = f"expected {expected.item():.6g}, got {got.item():.6g}"
+    else:
+        found = f"{got.size} numbers within {error:.1e}"
+    line = f"{claim}: {found} (allowed {tolerance:.0e})"
+    print(f"{'✓' if holds else '✗'} {line}")
+    assert holds, f"the check does not hold: {line}"
+    _checks.append((claim, error, tolerance))
+
+
+def verdict(interval, side="above", bar=0.0) -> str:
+    """What an :class:`icl.metrics.Interval` says of being on a side of a bar.
+
+    "holds" if the whole interval is there, "does not hold" if it is on the other side,
+    else "undecided".
+    """
+    found = interval.versus(bar)
+    judged = {side: "holds", "undecided": "undecided"}
+    return judged.get(found, "does not hold")
+
+
+def finding(
+    claim,
+    statement,
+    interval=None,
+    *,
+    above=None,
+    below=None,
+    checked=None,
+    published="",
+    on="",
+    form="+.3f",
+) -> str:
+    """Enter what this page says of a claim into the book's scoreboard.
+
+    Exactly one of ``above``, ``below`` and ``checked`` says how it is judged.
+
+    Args:
+        claim: its number in ``book/claims.toml``.
+        statement: what of the claim is judged, in words.
+        interval: an :class:`icl.metrics.Interval`, or its mean, low and high.
+        above, below: the side of a number on which the interval is to be
+            (:func:`verdict`).
+        checked: the statement is an identity, shown by this line of :func:`check`.
+        published: the number that the source gives, if it gives one.
+        on: model and data.
+        form: format of the numbers.
+
+    Returns:
+        the verdict.
+
+    Raises:
+        ValueError: not exactly one rule, an interval that is none, or a check that
+            has not been made on this page.
+    """
+    from myst_nb import glue  # seconds, both of them
+
+    from icl.metrics import Interval
+
+    rules = [rule is not None for rule in (above, below, checked)]
+    if sum(rules) != 1 or (interval is None) != (checked is not None):
+        raise ValueError(
+            f"{statement!r}: give either an interval with one of above and below, or "
+            "the check that shows it"
+        )
+    row = {"claim": claim, "statement": statement, "published": published, "on": on}
+    if checked is not None:
+        errors = {name: error for name, error, _ in _checks}
+        if checked not in errors:
+            made = "; ".join(errors) or "none"
+            raise ValueError(f"no check {checked!r} on this page; made were: {made}")
+        row |= {"here": f"to {errors[checked]:.0e}", "verdict": "holds"}
+    else:
+        found = Interval(*interval)
+        mean, low, high = found
+        if not -np.inf < low <= mean <= high < np.inf:
+            raise ValueError(f"{statement!r}: {low} .. {high} is no interval of {mean}")
+        side, bar = ("above", above) if below is None else ("below", below)
+        row |= {"mean": mean, "low": low, "high": high, "bar": float(bar)}
+        row |= {"side": side, "here": f"{found:{form}}"}
+        row["verdict"] = verdict(found, side, bar)
+    _findings.append(row)
+    glue(statement, row, display=False)
+    return row["verdict"]
+
+
+def result(*rows, facts=None, **columns) -> None:
+    """Enter rows of this page into the table of its sweep.
+
+    Args:
+        rows: dicts, each a row of the table; left out, one of the ``columns`` alone.
+        facts: of the table's record, such as where the text is from.
+        columns: by name, what stands in every row. Entries are numbers, words,
+            ``True``, ``False``, ``None``, or lists of these; one that is not finite
+            is entered as missing.
+
+    Raises:
+        ValueError: some other entry.
+    """
+    found = [
+        {name: _entry(name, value) for name, value in (columns | row).items()}
+        for row in rows or [{}]
+    ]
+    shown = "\n".join(f"{name} = {value}" for name, value in found[0].items())
+    shown += f"\n... {len(found)} rows" if len(found) > 1 else ""
+    entered = {"rows": found, "facts": facts or {}}
+    display({RESULT: entered, "text/plain": shown}, raw=True)
+
+
+def _entry(name, value):
+    if hasattr(value, "tolist"):  # arrays and tensors
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_entry(name, part) for part in value]
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise ValueError(
+        f"{name} = {value!r} is no entry: give a number, a word, or a list of them"
+    )
+
+
+def findings() -> pd.DataFrame:
+    """What :func:`finding` has entered on this page, by claim."""
+    columns = ["statement", "published", "here", "verdict"]
+    return pd.DataFrame(_findings, columns=["claim", *columns]).set_index("claim")
+
+
+def subplot_grid(count: int):
+    """A figure of ``count`` small panels, three a row: ``(figure, axes)``."""
+    rows = -(-count // 3)
+    fig, axes = plt.subplots(
+        rows,
+        min(count, 3),
+        figsize=(7, 0.6 + 1.9 * rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat[count:]:
+        ax.remove()
+    return fig, axes.flat[:count]
+
+
+def slider(draw, values, name, alt, caption, start=0) -> HTML:
+    """A figure with a slider: a picture for each value, of which one is seen.
+
+    It needs no kernel, no network and no library; on paper it is the first one seen.
+
+    Args:
+        draw: ``draw(value)`` makes a figure.
+        values: those that the slider has.
+        name: of what it moves.
+        alt, caption: what is seen, and what it shows.
+        start: number of the value at first.
+    """
+    pictures = []
+    for n, value in enumerate(values):
+        figure, file = draw(value), io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        plt.close(figure)
+        picture = base64.b64encode(file.getvalue()).decode()
+        what = html.escape(f"{alt} Here {name} is {value:g}.")
+        hidden = "" if n == start else " hidden"
+        source = f"data:image/svg+xml;base64,{picture}"
+        pictures.append(f'<img src="{source}" alt="{what}"{hidden}>')
+    seen = html.escape(json.dumps([f"{value:g}" for value in values]))
+    move = (
+        "const f = this.closest('figure'); "
+        "f.querySelectorAll('img').forEach((i, n) => i.hidden = n != this.value); "
+        "f.querySelector('output').value = JSON.parse(f.dataset.seen)[this.value];"
+    )
+    return HTML(
+        f'<figure class="dial" data-seen="{seen}"><label>{html.escape(name)} '
+        f'<input type="range" min="0" max="{len(values) - 1}" value="{start}" '
+        f'oninput="{move}"> <output>{values[start]:g}</output></label>'
+        f"{''.join(pictures)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def checks() -> pd.DataFrame:
+    """The checks of this page so far: claim, largest difference, allowed."""
+    columns = ["claim", "largest difference", "allowed"]
+    table = pd.DataFrame(_checks, columns=columns).set_index("claim")
+    return table.map("{:.0e}".format)
+
+
+def end(**parameters) -> pd.DataFrame:
+    """How this page was made: parameters, versions, machine, time."""
+    import torch
+
+    facts = {
+        **parameters,
+        "scale": _opened["scale"],
+        "seed": _opened["seed"],
+        "commit": commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} torch threads",
+        "Python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "numpy")},
+        "run on": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "seconds": f"{time.perf_counter() - _opened['started']:.0f}",
+    }
+    table = pd.DataFrame({"value": map(str, facts.values())}, index=list(facts))
+    return table.rename_axis("this page")

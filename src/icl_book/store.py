@@ -1,0 +1,212 @@
+"""Runs and tables on disk.
+
+A *run* is a folder ``NOTEBOOK-FINGERPRINT``: the executed notebook and a sealed record
+of what it entered and what made it. A *table* is ``results/NAME.csv``, collected from
+runs, beside ``NAME.json``, which says what made its rows.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import uuid
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parents[2]
+FORMAT = 1  # of the tables; raised when a column changes its meaning
+PACKAGES = ("torch", "transformers", "datasets", "numpy")
+#: The type of a notebook's output that holds rows for a table.
+RESULT = "application/vnd.icl.result+json"
+NOTEBOOK, RECORD = "run.ipynb", "record.json"
+TEXT = {"predictions": str, "calibrated": str}  # columns of digits that are no numbers
+
+
+class BookError(RuntimeError):
+    """What a reader can mend: a name, a value, a folder, a failed run."""
+
+
+def write_atomically(path: Path, content: str | bytes):
+    """Write a file so that a reader sees the old or the new one, whole.
+
+    It is on the disk before it has its name, so this holds after a power cut too.
+
+    Raises:
+        OSError: it cannot be written; the old one is unchanged.
+    """
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def commit() -> str:
+    """The checkout's commit, "-dirty" after it if code differs, or "unknown"."""
+    git = ["git", "-C", str(ROOT)]
+    head, status = ["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "src"]
+    try:
+        found = [
+            subprocess.run([*git, *what], capture_output=True, text=True, check=True)
+            for what in (head, status)
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found[0].stdout.strip() + ("-dirty" if found[1].stdout.strip() else "")
+
+
+def environment() -> dict[str, str]:
+    """Commit, versions and machine of this process, for records."""
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+# -- runs ----------------------------------------------------------------------------
+
+
+def _seal(record):
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def save_run(folder: Path, scratch: Path, record: dict):
+    """Give a scratch folder with an executed notebook its record and its name.
+
+    What a failed or damaged run left in ``folder`` is replaced.
+    """
+    record = record | {"notebook_bytes": (scratch / NOTEBOOK).stat().st_size}
+    record = json.loads(json.dumps(record, allow_nan=False))
+    text = json.dumps({"sha256": _seal(record), **record}, indent=1)
+    write_atomically(scratch / RECORD, text)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(scratch, folder)
+
+
+def read_run(folder: Path) -> tuple[str, dict]:
+    """``(status, record)``: "finished", "failed", "corrupt" or "missing"."""
+    if not folder.exists():
+        return "missing", {}
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+        whole = record.pop("sha256") == _seal(record)
+        whole &= (folder / NOTEBOOK).stat().st_size == record["notebook_bytes"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        return "corrupt", {}
+    return ("finished" if record["error"] is None else "failed"), record
+
+
+# -- tables --------------------------------------------------------------------------
+
+
+def table_path(name: str) -> Path:
+    """Where the table ``name`` lies: ``results/NAME.csv`` of the repository."""
+    return ROOT / "results" / f"{name}.csv"
+
+
+def read_table(name: str | Path) -> tuple[pd.DataFrame, dict]:
+    """A table and what made it, ``{}`` if unrecorded.
+
+    Args:
+        name: of a table in ``results/``, or the path of the CSV file of a sweep.
+
+    Raises:
+        ValueError: there is no such table, or it is of another format.
+    """
+    path = Path(name) if str(name).endswith(".csv") else table_path(str(name))
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.csv"))) or "none"
+        raise ValueError(f"no table {str(name)!r} in {path.parent}; there are: {there}")
+    about = path.with_suffix(".json")
+    origin = json.loads(about.read_text()) if about.exists() else {}
+    for part, facts in origin.items():
+        found = facts.get("format", 1) if isinstance(facts, dict) else 1
+        if found != FORMAT:
+            raise ValueError(
+                f"{about.name}: {part} is of format {found}, and this version of the "
+                f"book reads format {FORMAT}: take the version that made it (commit "
+                f"{facts.get('commit', 'unknown')}), or make the table again"
+            )
+    return pd.read_csv(path, dtype=TEXT), origin
+
+
+def collect(runs, key: list[str], path: Path, command: str, costs=False):
+    """Put the rows of finished runs into a table, in place of those with their key.
+
+    Rows of other keys stay. Several processes may collect into one table.
+
+    Args:
+        runs: of :class:`icl_book.execute.Run`; those not finished are left out.
+        key: parameters that are columns of the table and tell runs apart. A row may
+            give one of them another value.
+        path: of the CSV file.
+        command: that made the runs, for the record.
+        costs: add columns of seconds, memory and fingerprints.
+
+    Returns:
+        the ``DataFrame``.
+    """
+    rows, parts = [], {}
+    for status, record in (read_run(run.folder) for run in runs):
+        if status == "finished":
+            named = {name: record["parameters"][name] for name in key}
+            facts = json.dumps([record["made"], record["facts"]], sort_keys=True)
+            parts.setdefault(facts, []).append(key_of(named, key))
+            paid = ("seconds", "peak_gb", "fingerprint") if costs else ()
+            paid = {name: record[name] for name in paid}
+            rows += [named | row | paid for row in record["rows"]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.stem}.lock")):
+        table, origin = read_table(path) if path.is_file() else (pd.DataFrame(), {})
+        if not rows:
+            return table
+        added = pd.DataFrame(rows)
+        for column in added:  # a CSV file has no lists but as JSON
+            if added[column].map(type).isin([list, dict]).any():
+                added[column] = added[column].map(json.dumps)
+        made = {key_of(row, key) for row in rows}
+        kept = [key_of(row, key) not in made for row in table.to_dict("records")]
+        table = pd.concat([table[kept], added]) if any(kept) else added
+        for facts, keys in parts.items():
+            made, told = json.loads(facts)
+            about = {"command": command, "format": FORMAT, **made, **told}
+            part = f"{made['commit']}/{_seal(facts)[:8]}"
+            known = origin.get(part, {}).get("runs", [])
+            origin[part] = about | {"runs": sorted({*known, *keys})}
+        write_atomically(path, table.to_csv(index=False))
+        origin = json.dumps(origin, indent=2) + "\n"
+        write_atomically(path.with_suffix(".json"), origin)
+    return table.reset_index(drop=True)
+
+
+def keys_in(path: Path, key: list[str]) -> set[str]:
+    """The keys of the runs whose rows a table has; none if there is no table."""
+    if not path.is_file():
+        return set()
+    table, origin = read_table(path)
+    told = {run for part in origin.values() for run in part.get("runs", ())}
+    return told | {key_of(row, key) for row in table.to_dict("records")}
+
+
+def key_of(row: dict, key: list[str]) -> str:
+    """The values that tell a run apart, equal however a CSV file has written them.
+
+    A file of weights goes by its name.
+    """
+    values = ["" if v is None or v != v else v for v in map(row.get, key)]
+    values = [json.dumps(v) if isinstance(v, list) else str(v) for v in values]
+    values = [Path(v).stem if v.endswith(".gguf") else v for v in values]
+    return ", ".join(value.removesuffix(".0") for value in values)

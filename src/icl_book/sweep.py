@@ -1,0 +1,361 @@
+"""Run a notebook over a grid of parameters, on the cores of a machine or on a cluster.
+
+A grid file expands to runs (:mod:`icl_book.execute`), which Dask distributed deals out
+to this machine's cores or GPUs, or to the workers of any scheduler. No run is made
+twice, so a sweep that was stopped, by whatever, resumes with the same command.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import CancelledError
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+from dask.system import CPU_COUNT
+from distributed import (
+    Client,
+    KilledWorker,
+    Nanny,
+    Reschedule,
+    Scheduler,
+    SpecCluster,
+    as_completed,
+    get_worker,
+)
+from distributed.comm import CommClosedError
+
+from icl_book.execute import Run, inputs, plan, read_parameters, run_once
+from icl_book.forkserver import provisioner
+from icl_book.store import (
+    ROOT,
+    BookError,
+    collect,
+    key_of,
+    keys_in,
+    read_run,
+    write_atomically,
+)
+
+RETRIES = 2  # of a run whose kernel did not start; Dask's own
+REFUSED = "icl-refused"  # Dask's topic of workers that differ
+GRID = {"notebook", "threads", "limit", "key", "fixed", "vary", "exclude"}
+
+
+# -- the grid ------------------------------------------------------------------------
+
+
+def read_grid(path: Path) -> dict:
+    """A grid file, checked: ``notebook, runs, varied, key, threads, limit``.
+
+    ``runs`` are the parameters of each run; ``varied`` the names of those that differ.
+    The files in ``experiments/`` show the form.
+
+    Raises:
+        BookError: no such file or notebook, a parameter or value that the notebook
+            does not take, or a grid without a run.
+    """
+    try:
+        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise BookError(f"{path} cannot be read: {error}") from None
+    if not isinstance(grid, dict) or grid.keys() - GRID or "notebook" not in grid:
+        strange = ", ".join(map(str, grid)) if isinstance(grid, dict) else repr(grid)
+        known = ", ".join(sorted(GRID))
+        raise BookError(f"{path} has {strange}; a grid has a notebook, of {known}")
+    notebook = path.parent / grid["notebook"]
+    if not notebook.is_file():
+        raise BookError(f"{path}: there is no notebook {notebook}")
+    known, runs = read_parameters(notebook), {}
+    blocks = grid.get("vary") or {}
+    excluded = [_lists(known, rule, path) for rule in grid.get("exclude") or []]
+    for block in blocks if isinstance(blocks, list) else [blocks]:
+        lists = _lists(known, grid.get("fixed") or {}, path)
+        lists |= _lists(known, block, path)
+        for values in itertools.product(*lists.values()):
+            run = {name: p.default for name, p in known.items()}
+            run |= dict(zip(lists, values, strict=True))
+            if not any(all(run[n] in some for n, some in r.items()) for r in excluded):
+                runs[json.dumps(run)] = run
+    runs, key = list(runs.values()), grid.get("key", list(known))
+    if strange := {*key} - {*known}:
+        raise BookError(f"{path}: key has {', '.join(strange)}, no parameters")
+    threads, limit = grid.get("threads", 1), grid.get("limit", 24 * 3600)
+    if not runs or type(threads) is not int or threads < 1 or not limit > 0:
+        raise BookError(f"{path}: needed are a run, a thread and a second, at least")
+    varied = [n for n in known if any(run[n] != runs[0][n] for run in runs)]
+    varied = {"runs": runs, "varied": varied or list(known), "key": key}
+    return {"notebook": notebook, "threads": threads, "limit": limit, **varied}
+
+
+def _lists(known, part, path):
+    """The values of each parameter as a list, checked against the notebook's cell."""
+    if not isinstance(part, dict):
+        raise BookError(f"{path}: {part!r} is no list of parameters")
+    lists = {}
+    for name, values in part.items():
+        if name not in known:
+            there = ", ".join(known)
+            raise BookError(f"{path}: no parameter {name!r}; there are {there}")
+        kind = type(known[name].default)
+        whole = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", str(values))
+        if whole and kind is int:
+            values = list(range(int(whole[1]), int(whole[2]) + 1))
+        one = not isinstance(values, list)
+        if one or (values and kind is list is not type(values[0])):
+            values = [values]
+        try:
+            lists[name] = [known[name].check(value) for value in values]
+        except ValueError as error:
+            raise BookError(f"{path}: {error}") from None
+    return lists
+
+
+def expand(grid: dict, folder: Path) -> list[Run]:
+    """The runs of a grid from :func:`read_grid`, with results in ``folder``."""
+    return plan(grid["notebook"], grid["runs"], folder / "runs", grid["threads"])
+
+
+def dry_run(grid: dict, folder: Path, workers: int):
+    """Print the runs of a grid, and how long they would take by those finished."""
+    found = [(run, *read_run(run.folder)) for run in expand(grid, folder)]
+    for run, status, _ in found:
+        log(f"{status}: {run.label(grid['varied'])}")
+    log(f"{len(found)} runs: {_count(status for _, status, _ in found)}")
+    seconds = [r["seconds"] for _, status, r in found if status == "finished"]
+    if seconds:
+        left = sum(seconds) / len(seconds) * (len(found) - len(seconds)) / workers
+        log(f"about {left / 60:.0f} min by {workers} workers")
+
+
+# -- one run, on a worker ------------------------------------------------------------
+
+
+def run_one(run: Run, limit: float, wanted: dict) -> dict:
+    """Make one run, a task of Dask's, unless its result is there by now.
+
+    A worker that differs from where the sweep was started (it may have joined later)
+    leaves the cluster, and Dask reschedules the run.
+
+    Returns:
+        ``{"status": "finished" | "failed" | "unwritable", "error": ...}``.
+
+    Raises:
+        RuntimeError: no kernel could be started; another try may do.
+    """
+    worker = get_worker()
+    if differs := differences(run, wanted):
+        worker.log_event(REFUSED, f"{worker.address}: another {differs}")
+        worker.loop.add_callback(worker.close, executor_wait=False, reason=differs)
+        raise Reschedule
+    try:
+        run_once(run, limit, provisioner(run))
+    except BookError as error:
+        return {"status": "failed", "error": str(error)}
+    except OSError as error:
+        return {"status": "unwritable", "error": f"{type(error).__name__}: {error}"}
+    return {"status": "finished", "error": None}
+
+
+def differences(run: Run, wanted: dict, dask_worker=None) -> str:
+    """Which :func:`icl_book.execute.inputs` of a run are others here, "" if none are.
+
+    On a worker that Dask names, its number of threads counts too.
+    """
+    if not os.access(run.folder.parent, os.W_OK):
+        return f"view of {run.folder.parent}: it cannot write there"
+    found = inputs(run.notebook, [run.parameters.get("model")], run.threads)
+    differs = [name for name, value in found.items() if wanted.get(name) != value]
+    if dask_worker and dask_worker.state.nthreads != 1:
+        differs.append(f"number of threads ({dask_worker.state.nthreads}, not 1)")
+    return ", ".join(differs)
+
+
+def check_workers(client, runs: list[Run], wanted: dict, timeout=30):
+    """Compare every worker with this process, before the first run.
+
+    Raises:
+        BookError: there is none after ``timeout`` seconds, or one has other code, data
+            or models, several threads, or cannot write to the folder; each is named.
+    """
+    try:
+        client.wait_for_workers(1, timeout=timeout)
+    except TimeoutError:
+        raise BookError(f"the scheduler has no worker after {timeout} s") from None
+    problems = set()
+    for run in {run.parameters.get("model"): run for run in runs}.values():
+        found = client.run(differences, run, wanted, on_error="return")
+        problems |= {f"\n  {a}: another {d}" for a, d in found.items() if d != ""}
+    if problems:
+        raise BookError("workers that cannot take part:" + "".join(sorted(problems)))
+
+
+# -- the sweep -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def connect(scheduler=None, scheduler_file=None, workers=None, threads=1, timeout=30):
+    """A Dask client: of the given scheduler, else of a cluster on this machine.
+
+    Args:
+        scheduler, scheduler_file: its address, or a file that it has written.
+        workers: processes on this machine; default one for each GPU, or for each
+            ``threads`` cores.
+        threads: that a run computes with.
+        timeout: seconds that the scheduler has to answer.
+
+    Raises:
+        BookError: it does not.
+    """
+    with contextlib.ExitStack() as stack:
+        if scheduler is None and scheduler_file is None:
+            scheduler = stack.enter_context(_local_cluster(workers, threads))
+        try:
+            given = {"scheduler_file": str(scheduler_file)} if scheduler_file else {}
+            client = Client(scheduler, timeout=timeout, **given)
+        except (OSError, TimeoutError, ValueError) as error:
+            why, where = str(error).split("\n")[0], scheduler or scheduler_file
+            why = f"within {timeout} s ({why or type(error).__name__})"
+            raise BookError(f"no Dask scheduler answers at {where} {why}") from None
+        yield stack.enter_context(client)
+
+
+def _local_cluster(workers, threads):
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpus is None and shutil.which("nvidia-smi"):
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+        gpus = ",".join(map(str, range(len(re.findall("(?m)^GPU ", found.stdout)))))
+    gpus = gpus.split(",") if gpus else []
+    quiet = {"silence_logs": logging.WARNING}
+    options = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1", **quiet}
+    spec = {}
+    for n in range(workers or len(gpus) or max(1, CPU_COUNT // threads)):
+        own = {"CUDA_VISIBLE_DEVICES": gpus[n % len(gpus)]} if gpus else {}
+        spec[n] = {"cls": Nanny, "options": options | {"env": own}}
+    listens = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+    return SpecCluster(spec, {"cls": Scheduler, "options": listens}, **quiet)
+
+
+def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options):
+    """Make the runs of a grid that are not made yet.
+
+    Args:
+        grid: from :func:`read_grid`.
+        folder: of the results.
+        retry_failed: make those again that failed, too.
+        skip: keys of runs that are not wanted (:func:`icl_book.store.key_of`).
+        timeout, options: as for :func:`connect`.
+
+    Returns:
+        whether all wanted runs are finished.
+
+    Raises:
+        BookError: it cannot begin or go on; the same call resumes where it stopped.
+    """
+    folder, runs = folder.resolve(), expand(grid, folder.resolve())
+    source = folder / f"{grid['notebook'].stem}.{runs[0].fingerprint}.ipynb"
+    try:
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        write_atomically(source, grid["notebook"].read_bytes())
+    except OSError as error:
+        raise BookError(f"{folder} cannot be written to: {error}") from None
+    runs = [replace(run, notebook=source) for run in runs]
+    runs = [run for run in runs if key_of(run.parameters, grid["key"]) not in skip]
+    found = [(run, read_run(run.folder)[0]) for run in runs]
+    log(f"{len(runs)} runs: {_count(status for _, status in found)}; in {folder}")
+    for run, status in found:
+        if status == "corrupt":
+            log(f"{run.folder} is not what was written: {run.label()} runs again")
+    again = {"missing", "corrupt"} | ({"failed"} if retry_failed else set())
+    todo = [run for run, status in found if status in again]
+    todo.sort(key=lambda run: str(run.parameters.get("model")))  # loaded once for each
+    models = {run.parameters.get("model") for run in todo}
+    wanted = inputs(source, models, grid["threads"])
+    while todo:
+        with connect(threads=grid["threads"], timeout=timeout, **options) as client:
+            check_workers(client, todo, wanted, timeout)
+            client.subscribe_topic(REFUSED, lambda e: log(f"cannot take part: {e[1]}"))
+            log(f"{client.scheduler.address}, dashboard {client.dashboard_link}")
+            todo = _carry_out(client, todo, {"limit": grid["limit"], "wanted": wanted})
+        if todo:
+            log("the scheduler has gone; waiting for it to come back")
+    found = [(run, *read_run(run.folder)) for run in runs]
+    failed = [(run, record) for run, status, record in found if status != "finished"]
+    for run, record in failed:
+        why = f"{record.get('error', 'no result')} ({run.folder})"
+        log(f"failed: {run.label(grid['varied'])}: {why}")
+    if failed:
+        log(f"{len(failed)} failed; --retry-failed makes them again")
+    return not failed
+
+
+def _carry_out(client, todo, options):
+    """Make runs; those are returned whose scheduler went away."""
+    start, count, lost = time.perf_counter(), Counter(), []
+    names = [f"run-{start}-{n:06}" for n in range(len(todo))]
+    futures = client.map(run_one, todo, key=names, retries=RETRIES, **options)
+    waiting = dict(zip(futures, todo, strict=True))
+    for future in as_completed(futures):
+        run = waiting.pop(future)
+        try:
+            outcome = future.result()
+        except (CancelledError, CommClosedError):
+            lost.append(run)
+            continue
+        except (KilledWorker, RuntimeError) as error:
+            outcome = {"status": "failed", "error": str(error)}
+            log(f"{run.label()}: {error}")
+        if outcome["status"] == "unwritable":
+            raise BookError(
+                f"a result cannot be written: {outcome['error']}. Make room, and give "
+                "the same command: what is finished stays"
+            )
+        count[outcome["status"]] += 1
+        future.release()
+        if sys.stdout.isatty():
+            left = (time.perf_counter() - start) / count.total() * len(waiting)
+            log(f"\r{_count(count.elements())}; {left / 60:.0f} min left  ", end="")
+    return lost
+
+
+def _count(states):
+    return ", ".join(f"{n} {name}" for name, n in Counter(states).items()) or "none"
+
+
+def log(text, end="\n"):
+    """Print a line of progress at once."""
+    print(text, end=end, flush=True)
+
+
+def make_table(path: Path, folder=None, table=None, only_missing=False, **options):
+    """Sweep a grid and collect the rows of its runs.
+
+    Args:
+        path: of the grid.
+        folder: of the results; default ``_build/sweeps/NAME``.
+        table: path of the CSV file; default ``NAME.csv`` in that folder, where rows
+            have their costs too.
+        only_missing: leave out runs of which the table has rows.
+        options: as for :func:`sweep`.
+
+    Returns:
+        whether all wanted runs are finished.
+    """
+    grid = read_grid(path)
+    folder = (folder or ROOT / "_build" / "sweeps" / path.stem).resolve()
+    target = table or folder / f"{path.stem}.csv"
+    skip = keys_in(target, grid["key"]) if only_missing else ()
+    runs, command = expand(grid, folder), f"python -m icl_book sweep {path}"
+    try:
+        return sweep(grid, folder, skip=skip, **options)
+    finally:
+        collect(runs, grid["key"], target, command, costs=table is None)

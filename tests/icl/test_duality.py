@@ -1,0 +1,427 @@
+"""Weight updates as attention and attention as weight updates, in float64; and both
+on the heads of a model, against slow and separate computations."""
+
+from inspect import unwrap
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model, word_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icl.activations import capture_qkv
+from icl.duality import (
+    approximation_quality,
+    approximations,
+    attention_weight,
+    dual_prediction,
+    effective_rank,
+    finetuning_weight,
+    frobenius_cosine,
+    ft_update,
+    icl_update,
+    linear_attention,
+    split_attention,
+    step_weights,
+    subspace_overlap,
+    train_linear,
+)
+from icl.finetuning import heads_on_frozen_inputs, kv_sgd
+
+F64 = torch.float64
+LOSSES = {
+    "squared": lambda F, Y: 0.5 * (F - Y).square().sum(-1).mean(),
+    "cross-entropy": lambda F, Y: torch.nn.functional.cross_entropy(F, Y.softmax(-1)),
+    "absolute": lambda F, Y: (F - Y).abs().sum(),
+    "ratio": lambda F, Y: (F * Y).sum() / (1 + F.square().sum()),
+}
+
+
+def problem(seed, N, d_i, d_o):
+    g = torch.Generator().manual_seed(seed)
+    sizes = [(N, d_i), (N, d_o), (d_o, d_i), (5, d_i)]
+    return [torch.randn(size, generator=g, dtype=F64) for size in sizes]
+
+
+def torch_sgd(W_0, X, Y, loss, batches, learning_rate, momentum, weight_decay):
+    """The same training by PyTorch's own layer, autograd and optimizer."""
+    layer = torch.nn.Linear(X.shape[1], Y.shape[1], bias=False, dtype=F64)
+    with torch.no_grad():
+        layer.weight.copy_(W_0)
+    sgd = torch.optim.SGD(
+        layer.parameters(), learning_rate, momentum, weight_decay=weight_decay
+    )
+    for batch in batches:
+        sgd.zero_grad()
+        loss(layer(X[batch]), Y[batch]).backward()
+        sgd.step()
+    return layer.weight.detach()
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    seed=st.integers(0, 2**31),
+    N=st.integers(1, 12),
+    d_i=st.integers(1, 9),
+    d_o=st.integers(1, 5),
+    size=st.integers(1, 12),
+    epochs=st.integers(1, 3),
+    loss=st.sampled_from(sorted(LOSSES)),
+    learning_rate=st.floats(1e-4, 0.1),
+    momentum=st.floats(0, 0.99),
+    weight_decay=st.floats(0, 0.5),
+)
+def test_training_is_attention(
+    seed, N, d_i, d_o, size, epochs, loss, learning_rate, momentum, weight_decay
+):
+    X, Y, W_0, q = problem(seed, N, d_i, d_o)
+    g = torch.Generator().manual_seed(seed)
+    batches = [
+        b for _ in range(epochs) for b in torch.randperm(N, generator=g).split(size)
+    ]
+    rule = learning_rate, momentum, weight_decay
+    trained = train_linear(W_0, X, Y, LOSSES[loss], batches, *rule)
+    want = torch_sgd(W_0, X, Y, LOSSES[loss], batches, *rule)
+    torch.testing.assert_close(trained.weight, want, atol=1e-10, rtol=1e-10)
+    a, c = step_weights(len(batches), *rule, dtype=F64)
+    got = dual_prediction(W_0, trained, q, a, c)
+    torch.testing.assert_close(got, q @ want.mT, atol=1e-9, rtol=1e-9)
+
+
+def test_step_weights_closed_forms():
+    T, lr, mu, wd = 40, 0.1, 0.8, 0.3
+    n = torch.arange(T, 0, -1, dtype=F64)  # steps left, the current one included
+    a, c = step_weights(T, lr, dtype=F64)
+    assert a == 1
+    assert torch.equal(c, torch.ones(T, dtype=F64))
+    a, c = step_weights(T, lr, weight_decay=wd, dtype=F64)
+    assert a.item() == pytest.approx((1 - lr * wd) ** T, abs=1e-12)
+    torch.testing.assert_close(c, (1 - lr * wd) ** (n - 1))
+    a, c = step_weights(T, lr, momentum=mu, dtype=F64)
+    assert a == 1
+    torch.testing.assert_close(c, (1 - mu**n) / (1 - mu))
+    a, c = step_weights(0, lr, mu, wd)
+    assert (a, len(c)) == (1, 0)
+
+
+def test_linear_attention_against_a_loop():
+    X, E, _, q = problem(3, 7, 4, 3)
+    want = np.zeros((5, 3))
+    for b in range(5):
+        for i in range(7):
+            want[b] += E[i].numpy() * float(X[i] @ q[b])
+    np.testing.assert_allclose(linear_attention(E, X, q), want, atol=1e-12)
+
+
+def test_inputs_and_targets_are_as_many():
+    X, Y, W_0, _ = problem(0, 6, 4, 3)
+    for inputs, targets in ((X[:5], Y), (X, Y[:5])):
+        with pytest.raises(ValueError, match="6"):
+            train_linear(W_0, inputs, targets, LOSSES["squared"], [], 0.1)
+
+
+def tokens(seed, n, d, d_o, lead=(), scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    sizes = [(*lead, d), (*lead, n, d), (*lead, n, d_o)]
+    q, K, V = [torch.randn(size, generator=g, dtype=F64) for size in sizes]
+    return scale * q, scale * K, V
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(2, 9),
+    d=st.integers(1, 6),
+    d_o=st.integers(1, 5),
+    lead=st.sampled_from([(), (3,), (2, 3)]),
+    scale=st.sampled_from([0.0, 1.0, 30.0]),
+    data=st.data(),
+)
+def test_softmax_attention_is_a_mixture_of_two(seed, n, d, d_o, lead, scale, data):
+    q, K, V = tokens(seed, n, d, d_o, lead, scale)
+    where = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    if where.all() or not where.any():
+        with pytest.raises(ValueError, match="demonstrations"):
+            split_attention(q, K, V, where)
+        return
+    split = split_attention(q, K, V, where)
+    whole, alone = softmax_loop(q, K, V), softmax_loop(q, K, V, ~where)
+    inside = softmax_loop(q, K, V, where)
+    m = split.mass.numpy()[..., None]
+    np.testing.assert_allclose(split.rest, alone, atol=1e-12)
+    np.testing.assert_allclose(split.demonstrations, inside, atol=1e-12)
+    np.testing.assert_allclose(m * inside + (1 - m) * alone, whole, atol=1e-12)
+    np.testing.assert_allclose(split.change, whole - alone, atol=1e-12)
+
+
+def softmax_loop(q, K, V, keep=None):
+    """Attention one token at a time, with NumPy."""
+    q, K, V = q.numpy(), K.numpy(), V.numpy()
+    out = np.zeros((*q.shape[:-1], V.shape[-1]))
+    for place in np.ndindex(q.shape[:-1]):
+        rows = range(K.shape[-2]) if keep is None else np.flatnonzero(keep.numpy())
+        scores = np.array([K[place][i] @ q[place] for i in rows])
+        weights = np.exp(scores - scores.max())
+        out[place] = sum(w * V[place][i] for w, i in zip(weights, rows, strict=True))
+        out[place] /= weights.sum()
+    return out
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(1, 8),
+    extra=st.integers(1, 8),
+    d=st.integers(1, 6),
+)
+def test_linear_attention_over_both_parts_is_the_sum_of_two_weights(seed, n, extra, d):
+    q, K, V = tokens(seed, n + extra, d, d + 1)
+    W_zsl = attention_weight(V[n:], K[n:])
+    dW_icl = attention_weight(V[:n], K[:n])
+    outer = sum(torch.outer(v, k) for v, k in zip(V[:n], K[:n], strict=True))
+    torch.testing.assert_close(dW_icl, outer)
+    torch.testing.assert_close((W_zsl + dW_icl) @ q, linear_attention(V, K, q))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(1, 8),
+    d_i=st.integers(1, 6),
+    d=st.integers(1, 5),
+)
+def test_finetuning_weight_expands_equation_13(seed, n, d_i, d):
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(d_i, n, generator=g, dtype=F64)
+    W_K, W_V, dW_K, dW_V = torch.randn(4, d, d_i, generator=g, dtype=F64)
+    key, value = (W_K @ X).mT, (W_V @ X).mT
+    parts = finetuning_weight(value, key, ((W_V + dW_V) @ X).mT, ((W_K + dW_K) @ X).mT)
+    whole = (W_V + dW_V) @ X @ X.mT @ (W_K + dW_K).mT
+    torch.testing.assert_close(
+        sum(parts), whole - attention_weight(value, key), atol=1e-10, rtol=1e-10
+    )
+    close = {"atol": 1e-10, "rtol": 1e-10}
+    torch.testing.assert_close(parts.by_value, dW_V @ X @ X.mT @ W_K.mT, **close)
+    torch.testing.assert_close(parts.by_key, W_V @ X @ X.mT @ dW_K.mT, **close)
+    torch.testing.assert_close(parts.by_both, dW_V @ X @ X.mT @ dW_K.mT, **close)
+
+
+def test_effective_rank_of_known_matrices():
+    Q, _ = torch.linalg.qr(torch.randn(6, 6, dtype=F64, generator=torch.manual_seed(0)))
+    equal = Q @ torch.diag(torch.tensor([3.0, 3, 3, 0, 0, 0], dtype=F64))
+    assert effective_rank(equal).item() == pytest.approx(3, abs=1e-6)
+    outer = torch.outer(Q[0], Q[1])
+    assert effective_rank(outer).item() == pytest.approx(1, abs=1e-6)
+    # singular values 3 and 1: entropy of (3/4, 1/4)
+    two = torch.diag(torch.tensor([3.0, 1.0], dtype=F64))
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    assert effective_rank(two).item() == pytest.approx(np.exp(entropy))
+
+
+def test_cosine_and_overlap_of_known_matrices():
+    I = torch.eye(4, dtype=F64)  # noqa: E741
+    A = torch.outer(I[0], I[1]) * 5 + torch.outer(I[1], I[2]) * 3
+    B = torch.outer(I[1], I[1]) * 4 + torch.outer(I[0], I[3]) * 2
+    assert frobenius_cosine(A, -2 * A).item() == pytest.approx(-1)
+    assert frobenius_cosine(A, B).item() == pytest.approx(0)
+    left, right = subspace_overlap(A, B, 1)  # e0 and e1 on the left, e1 twice right
+    assert (left.item(), right.item()) == pytest.approx((0, 1))
+    left, right = subspace_overlap(A, B, 2)  # {e0, e1} twice; {e1, e2} and {e1, e3}
+    assert (left.item(), right.item()) == pytest.approx((1, 0.5))
+
+
+def test_overlap_of_random_subspaces_is_rank_over_dimension():
+    g = torch.Generator().manual_seed(0)
+    A, B = torch.randn(2, 500, 12, 12, generator=g, dtype=F64)
+    for part in subspace_overlap(A, B, 3):
+        standard_error = part.std() / 500**0.5
+        assert abs(part.mean() - 3 / 12) < 4 * standard_error
+
+
+def test_split_refuses_what_does_not_split():
+    q, K, V = tokens(0, 5, 4, 3)
+    where = torch.tensor([True, True, False, False, False])
+    for wrong in (where[:4], where.long(), where[:, None]):  # integers would index
+        with pytest.raises(ValueError, match="demonstrations"):
+            unwrap(split_attention)(q, K, V, wrong)
+    K[0, 0] = torch.inf
+    with pytest.raises(FloatingPointError):
+        split_attention(q, K, V, where)
+
+
+def test_overlap_refuses_ranks_that_there_are_not():
+    A = torch.eye(3, 5, dtype=F64)
+    for rank in (0, 4):
+        with pytest.raises(ValueError, match=f"1 to 3, not {rank}"):
+            subspace_overlap(A, A, rank)
+
+
+# -- on the heads of a model -----------------------------------------------------------
+
+PROMPT = [0, 5, 9, 3, 14, 7, 22, 4, 11]
+QUERIES = [[8, 19, 6], [12, 3, 10, 5]]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama").double()
+
+
+@pytest.fixture(scope="module")
+def update(llama):
+    texts = ["Review : a good film Sentiment : Positive", "Review : dull plot bad"]
+    return kv_sgd(llama, word_tokenizer(), texts, 0.5)[0]
+
+
+def heads_alone(model, ids, start=0):
+    """Float64 queries, keys, values by the projections and the rotary formula."""
+    config, layers = model.config, []
+    states = model(
+        torch.tensor([ids]),
+        position_ids=torch.arange(start, start + len(ids))[None],
+        output_hidden_states=True,
+    ).hidden_states
+    d = config.hidden_size // config.num_attention_heads
+    place = np.arange(start, start + len(ids))[:, None]
+    angle = place / config.rope_parameters["rope_theta"] ** (np.arange(0, d, 2) / d)
+    cos, sin = (np.concatenate([f(angle)] * 2, -1) for f in (np.cos, np.sin))
+    for layer, x in zip(model.model.layers, states[:-1], strict=True):
+        x = layer.input_layernorm(x)[0].detach().numpy()
+
+        def project(linear, x=x, heads=config.num_attention_heads):
+            rows = x @ linear.weight.detach().numpy().T
+            out = rows.reshape(len(x), -1, d).transpose(1, 0, 2)
+            return out.repeat(heads // len(out), 0)
+
+        def turn(x):
+            half = np.concatenate([-x[..., d // 2 :], x[..., : d // 2]], -1)
+            return x * cos + half * sin
+
+        attn = layer.self_attn
+        query, key = turn(project(attn.q_proj)) / d**0.5, turn(project(attn.k_proj))
+        layers.append((query, key, project(attn.v_proj)))
+    return layers
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def cosine(a, b):
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_approximation_quality_against_a_loop_over_heads(llama):
+    ends = [4, 9]
+    found = approximation_quality(llama, PROMPT, QUERIES, ends)
+    for i, end in enumerate(ends):
+        for n, query in enumerate(QUERIES):
+            together = heads_alone(llama, PROMPT[:end] + query)
+            apart = heads_alone(llama, PROMPT[:1] + query, start=end - 1)
+            for layer, (Q, K, V) in enumerate(together):
+                for h in range(4):
+                    q, k, v = Q[h, -1], K[h], V[h]
+                    s = k @ q
+                    p = softmax(s)
+                    rest = [0, *range(end, len(k))]
+                    whole = p @ v
+                    change = whole - softmax(s[rest]) @ v[rest]
+                    relaxed = sum(np.outer(v[t], k[t]) @ q for t in range(1, end))
+                    mean = v[1:end].mean(0)
+                    centre = k[1:end].mean(0)
+                    centred = sum(v[t] * ((k[t] - centre) @ q) for t in range(1, end))
+                    first = mean + centred / (end - 1) - softmax(s[rest]) @ v[rest]
+                    bare = apart[layer][1][h] @ apart[layer][0][h, -1]
+                    passes = whole - softmax(bare) @ apart[layer][2][h]
+                    want = {
+                        "mass": p[1:end].sum(),
+                        "opening": p[0],
+                        "spread": s[1:end].std(ddof=1),
+                        "cosine: relaxed": cosine(relaxed, change),
+                        "cosine: mean value": cosine(mean, change),
+                        "cosine: centred": cosine(centred, change),
+                        "cosine: gated mean": cosine(
+                            mean - softmax(s[rest]) @ v[rest], change
+                        ),
+                        "cosine: gated": cosine(first, change),
+                        "norm: relaxed": np.linalg.norm(relaxed),
+                        "norm: change": np.linalg.norm(change),
+                        "cosine: passes": cosine(passes, change),
+                    }
+                    assert set(want) == set(found)
+                    for name, value in want.items():
+                        got = found[name][i, n, layer, h]
+                        # the model turns rotary angles in float32
+                        assert got == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_the_zero_shot_query_keeps_its_place():
+    """With absolute positions it matters that the query stands where it did."""
+    model, query = tiny_model("gpt2").double(), QUERIES[1]
+    got = approximation_quality(model, PROMPT, [query], [9])["cosine: passes"][0, 0]
+    together = capture_qkv(model, PROMPT + query)
+    apart = capture_qkv(model, PROMPT[:1] + query, start=8)
+    for layer, (one, two) in enumerate(zip(together, apart, strict=True)):
+        for h in range(4):
+            s = (one.key[h] @ one.query[h, -1]).numpy()
+            v, rest = one.value[h].numpy(), [0, *range(9, len(s))]
+            whole = softmax(s) @ v
+            bare = softmax((two.key[h] @ two.query[h, -1]).numpy())
+            passes = whole - bare @ two.value[h].numpy()
+            want = cosine(passes, whole - softmax(s[rest]) @ v[rest])
+            assert got[layer, h] == pytest.approx(want, abs=1e-6)
+
+
+def test_first_order_is_exact_for_small_scores():
+    g = torch.Generator().manual_seed(0)
+    q, K = torch.randn(5, generator=g).double(), torch.randn(9, 5, generator=g).double()
+    V = torch.randn(9, 4, generator=g).double()
+    where = torch.arange(9) < 6
+    gaps = []
+    for scale in (1e-1, 1e-2):
+        found = approximations(scale * q, K, V, where)
+        gaps.append((found["gated"] - found["change"]).norm().item())
+    assert gaps[1] / gaps[0] == pytest.approx(1e-2, rel=0.2)  # second order in scale
+
+
+def test_icl_update(llama):
+    layers = capture_qkv(llama, PROMPT)
+    raw, centred = icl_update(layers), icl_update(layers, centred=True)
+    for layer, (_, K, V) in enumerate(heads_alone(llama, PROMPT)):
+        for h in range(4):
+            k, v = K[h, 1:], V[h, 1:]
+            outer = sum(np.outer(b, a) for a, b in zip(k, v, strict=True))
+            np.testing.assert_allclose(raw[layer, h], outer, atol=1e-6)
+            both = np.cov(v.T, k.T, bias=True)[: v.shape[1], v.shape[1] :] * len(k)
+            np.testing.assert_allclose(centred[layer, h], both, atol=1e-6)
+
+
+def test_frozen_inputs_meet_updated_projections(llama, update):
+    """Layer l's keys are (W_K + ΔW_K) X with the X of the untouched model."""
+    ids = [0, 8, 19, 6, 4]
+    plain = heads_alone(llama, ids, start=7)
+    frozen = heads_on_frozen_inputs(llama, update, ids, start=7)
+    states = llama(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    for l, layer in enumerate(llama.model.layers):  # noqa: E741
+        x = layer.input_layernorm(states[l])[0]
+        dW_V = update[f"model.layers.{l}.self_attn.v_proj.weight"]
+        more = (x @ dW_V.T).unflatten(-1, (2, -1)).transpose(0, 1)
+        want = torch.as_tensor(plain[l][2]) + more.repeat_interleave(2, 0)
+        torch.testing.assert_close(frozen[l].value, want, atol=1e-6, rtol=0)
+        changed = (frozen[l].key - torch.as_tensor(plain[l][1])).abs().max()
+        assert changed > 1e-4
+        want = torch.as_tensor(plain[l][0])
+        torch.testing.assert_close(frozen[l].query, want, atol=1e-6, rtol=0)
+
+
+def test_ft_update_is_the_change_of_linear_attention(llama, update):
+    ids = [0, 8, 19, 6, 4]
+    before = capture_qkv(llama, ids, start=3)
+    after = heads_on_frozen_inputs(llama, update, ids, start=3)
+    total = sum(ft_update(llama, update, ids, start=3))
+    for l in range(3):  # noqa: E741
+        old = torch.einsum("hto,htk->hok", before[l].value, before[l].key)
+        new = torch.einsum("hto,htk->hok", after[l].value, after[l].key)
+        torch.testing.assert_close(total[l], new - old, atol=1e-8, rtol=1e-8)

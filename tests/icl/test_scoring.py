@@ -1,0 +1,133 @@
+"""The packed scorer against each prompt scored by itself."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiny_model
+
+from icl import scoring
+from icl.scoring import Packing, score
+
+PREFIX = (
+    "<s> Review : the film was good Positive </s> Review : dull story Negative </s>"
+)
+QUERIES = [
+    "Review : a moving plot and bright actors Sentiment :",
+    "Review : boring Sentiment :",
+    "Review : the plot was not very good , but the actors is so . Sentiment :",
+    "Review : dull , dull , dull Sentiment :",
+]
+LABELS = ["Positive", "Unclearly", "Neitherly"]  # of one, three and two tokens
+
+
+@torch.inference_mode()
+def one_by_one(model, tokenizer, queries, label_words, demonstrations):
+    """Every full prompt with every label, alone, without cache or mask."""
+    scores = np.empty((len(queries), len(label_words)))
+    for n, query in enumerate(queries):
+        for c, word in enumerate(label_words):
+            parts = [demonstrations, query, " " + word]
+            ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in parts]
+            row = torch.tensor([sum(ids, [])])
+            log_p = model(row, use_cache=False).logits[0].double().log_softmax(-1)
+            start = row.shape[1] - len(ids[2])
+            steps = [log_p[t - 1, row[0, t]] for t in range(start, row.shape[1])]
+            scores[n, c] = np.mean([s.item() for s in steps])
+    return scores
+
+
+#: Every family with several queries a row; one, and all, with two of them.
+PACKED = [(family, prefix, 40) for family in TINY for prefix in (PREFIX, "")]
+PACKED += [("gpt2", PREFIX, 1), ("qwen3", "", 1), ("opt", PREFIX, 768)]
+PACKED += [("llama", "", 768), ("gpt_neox", PREFIX, 768), ("xglm", "", 1)]
+
+
+@pytest.mark.parametrize(("family", "prefix", "pack_tokens"), PACKED)
+def test_packing_is_exact(family, tokenizer, prefix, pack_tokens, monkeypatch):
+    model = tiny_model(family)
+    monkeypatch.setattr(scoring, "PACK_TOKENS", pack_tokens)
+    got = score(model, tokenizer, QUERIES, LABELS, prefix)
+    want = one_by_one(model, tokenizer, QUERIES, LABELS, prefix)
+    assert np.ptp(want, axis=0).min() > 0.01, "the case is too easy: queries tie"
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("device", "limit"), [("cpu", 30), ("cuda", 90)])
+def test_rows_are_as_long_as_the_device_allows(device, limit, tokenizer, monkeypatch):
+    """No GPU is here: a model that says it is on one is asked for its rows alone."""
+    monkeypatch.setattr(scoring, "PACK_TOKENS", 30)
+    monkeypatch.setattr(scoring, "_PACK_TOKENS_CUDA", 90)
+    packing = Packing(tiny_model("llama"), tokenizer, QUERIES * 5, LABELS, PREFIX)
+    monkeypatch.setattr(type(packing.model), "device", torch.device(device))
+    rows = list(packing.rows())
+    assert sorted(n for row in rows for n in row.numbers) == list(range(20))
+    sizes = [len(row.ids) for row in rows]
+    assert max(sizes) <= limit
+    assert all(a + b > limit for a, b in pairwise(sizes[:-1]))  # and not shorter
+
+
+def test_demonstrations_matter(model, tokenizer):
+    with_prefix = score(model, tokenizer, QUERIES, LABELS, PREFIX)
+    without = score(model, tokenizer, QUERIES, LABELS)
+    assert np.abs(with_prefix - without).min() > 1e-3
+
+
+def test_each_token_is_computed_once(tokenizer, monkeypatch):
+    model = tiny_model("llama")
+    seen = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda ids, **k: seen.append(ids.numel()) or forward(ids, **k)
+    )
+    score(model, tokenizer, QUERIES, LABELS, PREFIX)
+
+    def count(text):
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    branches = sum(count(" " + w) - 1 for w in LABELS)  # the last is only predicted
+    assert branches == 3
+    want = count(PREFIX) + sum(count(q) + branches for q in QUERIES)
+    want -= (len(QUERIES) - 1) * count("Review :")  # with which all of them begin
+    assert sum(seen) == want
+
+
+def test_label_words_that_collide(tokenizer):
+    with pytest.raises(ValueError, match="'Un' and 'Unclearly'"):
+        score(tiny_model("llama"), tokenizer, QUERIES, ["Un", "Unclearly"])
+
+
+@pytest.mark.parametrize(
+    ("queries", "labels", "named"),
+    [
+        (["good", "  "], LABELS, "query 1"),
+        ([], LABELS, "queries"),
+        ("good", LABELS, "queries"),
+        (QUERIES, [], "label words"),
+        (QUERIES, ["Positive", ""], "label word 1"),
+    ],
+)
+def test_empty_input(tokenizer, queries, labels, named):
+    with pytest.raises(ValueError, match=named):
+        score(tiny_model("gpt2"), tokenizer, queries, labels)
+
+
+def test_prompt_longer_than_the_context(tokenizer):
+    long = "the film was good . " * 60
+    with pytest.raises(ValueError, match="300 .* 256"):
+        score(tiny_model("opt"), tokenizer, QUERIES, LABELS, long)
+
+
+def test_sliding_window_shorter_than_the_prompt(tokenizer):
+    model = tiny_model("qwen3", use_sliding_window=True, sliding_window=16)
+    with pytest.raises(ValueError, match="16"):
+        score(model, tokenizer, QUERIES, LABELS, PREFIX)
+
+
+def test_output_that_is_not_finite(tokenizer):
+    model = tiny_model("gpt_neox")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="float32"):
+        score(model, tokenizer, QUERIES, LABELS)

@@ -1,0 +1,235 @@
+"""Tasks: prompts as the paper's code has them, sampling, sources, bad files."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+from conftest import word_tokenizer
+
+from icl import tasks
+from icl.tasks import Task, demonstration_of_tokens, load_task, prompt_prefix
+
+PROMPTS = {
+    "sst2": ("Sentence: a b Label:", ["Negative", "Positive"]),
+    "sst5": ("Sentence: a b Label:", ["terrible", "bad", "neutral", "good", "great"]),
+    "mr": ("Review: a b Sentiment:", ["Negative", "Positive"]),
+    "subj": ("Input: a b Type:", ["objective", "subjective"]),
+    "agnews": (
+        "Classify the news articles into the categories of World, Sports, Business, "
+        "and Technology. Article: a b Answer:",
+        ["World", "Sports", "Business", "Technology"],
+    ),
+    "cb": (
+        "a b Question: c d. True, False, or Neither? Answer:",
+        ["True", "False", "Neither"],
+    ),
+}
+EVALUATION = {"subj": "test", "agnews": "test"}
+
+
+def write(folder, name, rows):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def example(name, label):
+    if name == "cb":
+        return {"premise": "a b", "hypothesis": "c d", "label": label}
+    return {"text": "a b", "label": label}
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """An ICL_DATA folder with two rows for every task of the paper."""
+    for name in PROMPTS:
+        rows = [example(name, 0), example(name, 1)]
+        write(tmp_path, f"{name}/train.jsonl", rows)
+        write(tmp_path, f"{name}/{EVALUATION.get(name, 'validation')}.jsonl", rows)
+    monkeypatch.setenv("ICL_DATA", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_of_the_paper(name, data):
+    task = load_task(name)
+    query, words = PROMPTS[name]
+    assert task.query(task.train[0]) == query
+    assert task.demonstration(task.train[1]) == f"{query} {words[1]}"
+    assert list(task.label_words) == words
+    assert task.source == "the folder in ICL_DATA"
+
+
+def test_evaluation_cap(data):
+    rows = [{"text": str(n), "label": n % 4} for n in range(2500)]
+    write(data, "agnews/test.jsonl", rows)
+    want = datasets.Dataset.from_list(rows).shuffle(seed=1).select(range(2000))
+    assert list(load_task("agnews").evaluation) == want.to_list()
+
+
+def test_a_part_of_the_examples(data):
+    rows = [{"text": f"t{n}", "label": n % 2} for n in range(9)]
+    write(data, "mr/validation.jsonl", rows)
+    order = datasets.Dataset.from_list(rows).shuffle(seed=1)["text"][:4]
+    assert [e["text"] for e in load_task("mr").head(4).evaluation] == sorted(order)
+    assert len(load_task("mr").head(20).evaluation) == 9
+    with pytest.raises(ValueError, match="0 evaluation"):
+        load_task("mr").head(0)
+
+
+def test_sampling_is_that_of_datasets(data):
+    rows = [{"text": f"t{n}", "label": n % 2} for n in range(500)]
+    write(data, "mr/train.jsonl", rows)
+    for seed in range(1, 8):
+        want = datasets.Dataset.from_list(rows).shuffle(seed=seed)
+        assert load_task("mr").sample(32, seed) == want.select(range(32)).to_list()
+
+
+def test_more_demonstrations_than_examples(data):
+    with pytest.raises(ValueError, match="mr has 2 .* 3"):
+        load_task("mr").sample(3, seed=1)
+
+
+def test_hub_rows_become_examples(monkeypatch):
+    def load_dataset(*name, split):
+        assert name == ("nyu-mll/glue", "sst2")
+        rows = {"sentence": ["fine", "poor"], "label": [1, 0], "idx": [0, 1]}
+        return datasets.Dataset.from_dict(rows)
+
+    monkeypatch.delenv("ICL_DATA", raising=False)
+    monkeypatch.setattr(tasks, "ask_hub", lambda *_: "there")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task = load_task("sst2")
+    assert task.train[0] == {"text": "fine", "label": 1}
+    assert task.source == "the hub, nyu-mll/glue sst2"
+
+
+def test_no_source_at_all(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("offline")
+
+    monkeypatch.delenv("ICL_DATA", raising=False)
+    monkeypatch.setattr(tasks, "ask_hub", lambda *_: "there")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="'cb'.* mr, subj_rebuilt, movie5"):
+        load_task("cb")
+
+
+def test_unknown_task():
+    with pytest.raises(ValueError, match="'imdb'.* sst2, sst5"):
+        load_task("imdb")
+
+
+def test_data_folder_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("ICL_DATA", "/no/such/folder")
+    with pytest.raises(ValueError, match="'/no/such/folder'"):
+        load_task("mr")
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ('{"text": "a"}', "'label'"),
+        ('{"text": "a", "label": 2}', "label 2"),
+        ('{"text": "a", "label": "1"}', "label '1'"),
+        ('{"text": " ", "label": 1}', "text"),
+        ('{"text": "a", ', "JSON"),
+        ('["a", 1]', "JSON"),
+        ("7", "JSON"),
+    ],
+)
+def test_malformed_line_names_file_and_line(line, named, data):
+    path = data / "mr" / "train.jsonl"
+    path.write_text('{"text": "a", "label": 0}\n' + line + "\n")
+    with pytest.raises(ValueError, match=f"train.jsonl, line 2: .*{named}"):
+        load_task("mr")
+
+
+def test_a_line_ends_with_a_line_feed_alone(data):
+    """JSON text may hold other characters that end a line elsewhere."""
+    text = "one\u2028two\x85three"
+    row = json.dumps({"text": text, "label": 0}, ensure_ascii=False)
+    (data / "mr" / "train.jsonl").write_text(row + "\n", encoding="utf-8")
+    assert load_task("mr").train == [{"text": text, "label": 0}]
+
+
+def test_missing_split(data):
+    (data / "subj" / "test.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"subj/test.jsonl"):
+        load_task("subj")
+
+
+@pytest.mark.slow
+def test_mr_from_the_registry(monkeypatch):
+    monkeypatch.delenv("ICL_DATA", raising=False)
+    task = load_task("mr")
+    assert len(task.train) + len(task.evaluation) == 8530
+    assert np.bincount(task.labels()).tolist() == [533, 533]
+    texts = {e["text"] for e in task.train}
+    assert not texts & {e["text"] for e in task.evaluation}
+    assert "held out" in task.source
+    first = 'the rock is destined to be the 21st century\'s new " conan "'
+    assert task.train[0]["text"].startswith(first)
+    whole = " ".join(e["text"] for e in (*task.train, *task.evaluation))
+    assert not any("\x80" <= c <= "\x9f" for c in whole), "cp1252 read as Latin-1"
+
+
+@pytest.mark.slow
+def test_kin_tasks():
+    subj, movie = load_task("subj_rebuilt"), load_task("movie5")
+    counts = np.bincount([e["label"] for e in (*subj.train, *subj.evaluation)])
+    assert counts[0] == counts[1] > 5000
+    for task in (subj, movie):
+        assert not {e["text"] for e in task.train} & {
+            e["text"] for e in task.evaluation
+        }
+    assert len(movie.train) + len(movie.evaluation) == 10605
+    rated = {e["text"]: e["label"] for e in (*movie.train, *movie.evaluation)}
+    assert rated["Effective but too tepid biopic"] == 2  # rated -0.6, the middle bin
+
+
+def test_a_seventh_task():
+    rows = [{"word": "one", "label": 0}, {"word": "uno", "label": 1}]
+    task = Task("language", "{word} is", ["English", "Spanish"], rows, rows)
+    assert task.demonstration(rows[1]) == "uno is Spanish"
+    with pytest.raises(ValueError, match=r"language, train\[0\].*'text'"):
+        Task("language", "{text} is", ["English", "Spanish"], rows, rows)
+
+
+def test_prefix_layouts(data):
+    task, tokenizer = load_task("mr"), word_tokenizer()
+    demonstration = "Review: a b Sentiment: Negative"
+    rows = task.train[:1]
+    assert prompt_prefix(task, rows, tokenizer) == f"{demonstration}\n"
+    assert prompt_prefix(task, rows, tokenizer, "eos") == f"<s>{demonstration}</s>"
+    assert prompt_prefix(task, [], tokenizer) == ""
+    assert prompt_prefix(task, [], tokenizer, "eos") == "<s>"
+
+
+def test_how_many_demonstrations_fit(data):
+    task, tokenizer = load_task("mr"), word_tokenizer()
+    # 7 tokens a demonstration ("b" is unknown), 6 the query, 1 the label word
+    many = [task.train[0]] * 9
+    assert prompt_prefix(task, many, tokenizer, context=6 + 1 + 9 * 7)
+    for room in (62, 56):  # one token short, and exactly eight
+        with pytest.raises(ValueError, match=f"9 .* 63 .* {room}: 8 "):
+            prompt_prefix(task, many, tokenizer, context=6 + 1 + room)
+
+
+def test_whose_token_is_it(data):
+    task, tokenizer = load_task("mr"), word_tokenizer()
+    same = [task.train[0]] * 2
+    owner = demonstration_of_tokens(task, same, tokenizer, "eos")
+    assert owner.tolist() == [-1, *[0] * 7, -1, *[1] * 7, -1]
+    assert demonstration_of_tokens(task, [], tokenizer, "eos").tolist() == [-1]
+    with pytest.raises(ValueError, match="demonstration 0 .*'zz'"):
+        demonstration_of_tokens(task, same, tokenizer, "zz")
+
+
+def test_digest_sees_every_part(data):
+    before = load_task("mr").digest()
+    assert load_task("mr").digest() == before
+    write(data, "mr/train.jsonl", [example("mr", 1), example("mr", 1)])
+    assert load_task("mr").digest() != before

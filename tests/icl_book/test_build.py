@@ -1,0 +1,292 @@
+"""Every chapter at smoke scale, built with warnings as errors, and the pages read."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+import torch
+import transformers
+from bs4 import BeautifulSoup
+
+from icl.models import built_in
+from icl_book.build import (
+    build_book,
+    chapter_path,
+    chapters,
+    executed_page,
+    notebooks,
+    run_page,
+)
+from icl_book.execute import plan, run_once
+from icl_book.store import NOTEBOOK, ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("book")]
+
+
+@pytest.fixture(scope="module")
+def html():
+    return build_book("smoke", ROOT / "_build" / "smoke")
+
+
+@pytest.fixture(scope="module")
+def pages(html):
+    return {
+        path: BeautifulSoup(path.read_text(), "html.parser")
+        for path in sorted(html.rglob("*.html"))
+        if "_static" not in path.parts
+    }
+
+
+def test_every_page_is_built(html):
+    for name in [*notebooks(), "intro", "notation", "running", "execution"]:
+        assert (html / "book" / f"{name}.html").is_file()
+
+
+def test_nothing_is_loaded_from_elsewhere(html, pages):
+    tags = {"script": "src", "img": "src", "iframe": "src", "source": "src"}
+    for path, page in pages.items():
+        loads = [t.get(a) for tag, a in tags.items() for t in page.find_all(tag)]
+        loads += [
+            t.get("href")
+            for t in page.find_all("link")
+            if t.get("rel") != ["canonical"]
+        ]
+        for address in filter(None, loads):
+            parts = urlsplit(address)
+            if parts.scheme == "data":
+                continue
+            assert not parts.scheme, f"{path}: {address}"
+            assert not parts.netloc, f"{path.name} loads {address}"
+            target = (path.parent / unquote(parts.path)).resolve()
+            assert not parts.path or target.is_file(), f"{path.name}: no {address}"
+    for style in html.rglob("*.css"):
+        assert "@import url(http" not in style.read_text(), style
+
+
+def test_links_inside_the_book_lead_somewhere(html, pages):
+    for path, page in pages.items():
+        for link in page.find_all("a", href=True):
+            parts = urlsplit(link["href"])
+            if parts.scheme or parts.netloc:
+                continue
+            target = (
+                (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            )
+            assert target.exists(), f"{path.name} links to {link['href']}"
+            if parts.fragment and target in pages:
+                anchor = unquote(parts.fragment)
+                found = pages[target].find(id=anchor) or pages[target].find(
+                    attrs={"name": anchor}
+                )
+                assert found, f"{path.name}: no anchor {link['href']}"
+
+
+def test_no_page_shows_an_error_or_a_bar(pages):
+    for path, page in pages.items():
+        text = page.get_text()
+        for sign in ("Traceback (most recent call last)", "it/s]", "Warning:", "✗"):
+            assert sign not in text, f"{path.name} shows {sign!r}"
+        assert not page.select(".stderr"), f"{path.name} shows a stderr stream"
+
+
+def test_no_tex_is_left_as_text(html):
+    for path in sorted((html / "book").glob("*.html")):
+        article = BeautifulSoup(path.read_text(), "html.parser").find("article")
+        for element in article.select(".math, pre, code, script, style"):
+            element.decompose()
+        left = re.search(r".{,30}(\\[A-Za-z]{2,}|\$|{[a-z:]+}`).*", article.get_text())
+        assert not left, f"{path.name}: {left[0]}"
+
+
+def test_every_image_has_alt_text(pages):
+    for path, page in pages.items():
+        for image in page.select("article img"):
+            alt = image.get("alt", "")
+            assert len(alt) > 40, f"{path.name}: {image.get('src')} has alt {alt!r}"
+
+
+def test_headings_are_in_order(pages):
+    for path, page in pages.items():
+        levels = [int(h.name[1]) for h in page.select("article :is(h1,h2,h3,h4)")]
+        steps = [b - a for a, b in pairwise(levels)]
+        assert all(step <= 1 for step in steps), f"{path.name}: {levels}"
+
+
+def test_figures_are_vector(pages):
+    for path, page in pages.items():
+        for image in page.select("article img"):
+            kind = image["src"].endswith(".svg") or "data:image/svg+xml" in image["src"]
+            assert kind, f"{path.name}: {image['src'][:80]}"
+
+
+def test_execution_page_has_every_chapter_from_its_run(html, pages):
+    page = pages[html / "book" / "execution.html"]
+    rows = [[c.get_text() for c in r.find_all("td")] for r in page.select("table tr")]
+    rows = [row for row in rows if row]
+    assert len(rows) == len(chapters())
+    for row, name in zip(rows, chapters(), strict=True):
+        _, run = run_page(chapter_path(name), "smoke")
+        assert row[1:] == ["smoke", f"{run['seconds']:.0f}", f"{run['peak_gb']:.1f}"]
+
+
+def test_the_package_page_names_the_chapters_that_use_a_function(html, pages):
+    page = pages[html / "book" / "api.html"]
+    entry = page.find(id="icl.models.load_model").find_parent("dl")
+    links = {link["href"].partition("#")[0] for link in entry.find_all("a", href=True)}
+    for name in chapters():
+        cells = json.loads((ROOT / "book" / f"{name}.ipynb").read_text())["cells"]
+        code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        assert (f"{name}.html" in links) == ("load_model" in code), name
+
+
+def test_prose_may_be_newer_than_the_run(tmp_path):
+    """Its code decides whether a chapter runs again; the page has today's text."""
+    source, run = tmp_path / "source.ipynb", tmp_path / "run.ipynb"
+    tags = {"tags": ["parameters"]}
+    cells = [
+        nbformat.v4.new_markdown_cell("# Old"),
+        nbformat.v4.new_code_cell("a: int = 1  # n", metadata=tags),
+        nbformat.v4.new_code_cell("a"),
+    ]
+    injected = nbformat.v4.new_code_cell(
+        "a = 2", metadata={"tags": ["injected-parameters"]}
+    )
+    output = nbformat.v4.new_output("display_data", {"text/plain": "2"})
+    done = nbformat.v4.new_notebook(cells=[*cells[:2], injected, cells[2].copy()])
+    done.cells[-1].outputs = [output]
+    nbformat.write(done, run)
+    cells[0].source = "# New"
+    cells[2].metadata["mystnb"] = {"figure": {"caption": "newer"}}
+    cells.insert(2, nbformat.v4.new_markdown_cell("Between"))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), source)
+    page = executed_page(source, run)
+    shown = [cell.source for cell in page.cells]
+    assert shown == ["# New", "a: int = 1  # n", "a = 2", "Between", "a"]
+    assert page.cells[-1].outputs == [output]
+    assert page.cells[-1].metadata.mystnb.figure.caption == "newer"
+
+
+def test_a_chapter_says_what_its_run_took(html, pages):
+    for name in chapters():
+        _, run = run_page(chapter_path(name), "smoke")
+        badges = pages[html / "book" / f"{name}.html"].select("h1 + p .sd-badge")
+        said = [badge.get_text() for badge in badges]
+        assert said[:2] == [f"{run['seconds']:.0f} s", f"{run['peak_gb']:.1f} GB"]
+
+
+def test_pages_are_small(html):
+    for name in [*chapters(), "intro", "scoreboard", "api"]:
+        page = html / "book" / f"{name}.html"
+        own = BeautifulSoup(page.read_text(), "html.parser").select("article img")
+        sources = {image["src"] for image in own if image["src"].endswith(".svg")}
+        images = {page.parent / source for source in sources}
+        size = page.stat().st_size + sum(p.stat().st_size for p in images)
+        assert size <= 1.5e6, f"{name} has {size / 1e6:.2f} MB"
+
+
+def test_the_same_runs_build_the_same_bytes(html, pages):
+    def digests(folder):
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        contents = [hashlib.sha256(p.read_bytes()).hexdigest() for p in files]
+        return dict(
+            zip([str(p.relative_to(folder)) for p in files], contents, strict=True)
+        )
+
+    first = digests(html)
+    again = digests(build_book("smoke", ROOT / "_build" / "smoke"))
+    assert again.keys() == first.keys()
+    assert not [name for name in first if again[name] != first[name]]
+
+
+def test_every_chapter_has_the_year(html, pages):
+    config = (ROOT / "_config.yml").read_text()
+    year = re.search(r'copyright: "(\d+)"', config)[1]
+    for name in chapters():
+        text = pages[html / "book" / f"{name}.html"].get_text()
+        assert re.findall(r"© Copyright (\d+)", text) == [year], name
+
+
+def test_a_page_for_wrong_addresses_leads_back(html):
+    page = BeautifulSoup((html / "404.html").read_text(), "html.parser")
+    links = [link["href"] for link in page.find_all("a")]
+    assert all((html / link).is_file() for link in links)
+
+
+def test_mathjax_is_here_and_small(html):
+    assert (html / "mathjax" / "tex-chtml.js").is_file()
+    size = sum(p.stat().st_size for p in Path(html / "mathjax").rglob("*"))
+    assert size < 4e6
+
+
+def test_paper_scale_runs_the_whole_protocol(tmp_path, monkeypatch):
+    """On a tiny random model with the built-in one's tokenizer, on ten sentences."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(built_in())
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "mr").mkdir()
+    for split, size in [("train", 40), ("validation", 12)]:
+        rows = [{"text": f"film number {n} .", "label": n % 2} for n in range(size)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "mr" / f"{split}.jsonl").write_text(lines)
+    monkeypatch.setenv("ICL_DATA", str(tmp_path))
+    given = {"scale": "paper", "model": str(tmp_path / "tiny"), "k": 8}
+    (run,) = plan(chapter_path("05_icl_and_finetuning"), [given], tmp_path / "runs")
+    run_once(run)
+    text = (run.folder / NOTEBOOK).read_text()
+    cells = [c for c in json.loads(text)["cells"] if "outputs" in c]
+    shown = [
+        "".join(o["data"]["text/plain"])
+        for c in cells
+        for o in c["outputs"]
+        if "text/plain" in o.get("data", ())
+    ]
+    picked = next(s for s in shown if "rates that did not diverge" in s)
+    assert picked.splitlines()[1].split()[:2] == ["mr", "12"]
+    assert int(picked.split()[-1]) > 30
+    assert "ICL stuck" in text
+
+
+@pytest.mark.parametrize("address", ["", "https://github.com/someone/something"])
+def test_one_setting_turns_on_the_buttons(address, tmp_path):
+    (tmp_path / "book").mkdir()
+    (tmp_path / "_mathjax").mkdir()
+    shutil.copytree(ROOT / "book" / "_static", tmp_path / "book" / "_static")
+    for name in ("references.bib", "404.html"):
+        shutil.copy(ROOT / "book" / name, tmp_path / "book" / name)
+    config = (ROOT / "_config.yml").read_text()
+    config = config.replace('  url: ""', f'  url: "{address}"')
+    (tmp_path / "_config.yml").write_text(config)
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: book/page\n")
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    notebook.cells = [nbformat.v4.new_markdown_cell("# A page")]
+    nbformat.write(notebook, tmp_path / "book" / "page.ipynb")
+    build = Path(sys.executable).with_name("jupyter-book")
+    subprocess.run([build, "build", tmp_path, "-q"], check=True, capture_output=True)
+    text = (tmp_path / "_build/html/book/page.html").read_text()
+    links = [a["href"] for a in BeautifulSoup(text, "html.parser").select("a[href]")]
+    outside = {link for link in links if link.startswith("http")}
+    if not address:
+        assert not outside
+        return
+    assert address in outside
+    assert f"{address}/edit/main/book/page.ipynb" in outside
+    assert any(link.startswith(f"{address}/issues/new") for link in outside)
+    hub = "https://mybinder.org/v2/gh/someone/something/main"
+    assert f"{hub}?urlpath=lab/tree/book/page.ipynb" in outside

@@ -1,0 +1,118 @@
+"""The check line holds what it should hold, and begin refuses a wrong scale."""
+
+import base64
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from bs4 import BeautifulSoup
+
+from icl_book import page
+from icl_book.page import check
+
+
+def test_check_prints_both_sides(capsys):
+    page.begin("smoke")
+    check("two and two", 4.0, 4, 1e-9)
+    check("a tensor", torch.ones(3, dtype=torch.float64) + 1e-12, np.ones(3), 1e-10)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "✓ two and two: expected 4, got 4 (allowed 1e-09)"
+    assert second.startswith("✓ a tensor: 3 numbers within 1.0e-12 (allowed 1e-10)")
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "tolerance"),
+    [
+        (1.0, 1.1, 0.05),
+        ([1, 2], [1, 3], 0.5),
+        (float("nan"), 0, 1),
+        (1, 2, 0),
+        ([], 0, 1),
+    ],
+)
+def test_check_fails_the_run(got, expected, tolerance):
+    with pytest.raises(AssertionError, match="the check does not hold"):
+        check("no", got, expected, tolerance)
+
+
+def test_begin_refuses_a_wrong_scale():
+    with pytest.raises(ValueError, match="scale 'big' is not one of smoke, laptop"):
+        page.begin("big")
+
+
+def test_a_slider_has_a_picture_for_each_value():
+    def draw(value):
+        fig, ax = plt.subplots()
+        ax.plot([0, value])
+        return fig
+
+    values = [0.25, 0.5, 1.0]
+    words = "slope", 'A line & "its" end.', "Steeper by the slider.", 1
+    found = BeautifulSoup(page.slider(draw, values, *words).data, "html.parser")
+    images = found.select("figure img")
+    assert [image.has_attr("hidden") for image in images] == [True, False, True]
+    assert images[2]["alt"] == 'A line & "its" end. Here slope is 1.'
+    pictures = [base64.b64decode(image["src"].partition(",")[2]) for image in images]
+    assert all(b"<svg" in picture for picture in pictures)
+    assert len(set(pictures)) == 3
+    moved = found.select_one("label input[type=range]")
+    assert (moved["min"], moved["max"], moved["value"]) == ("0", "2", "1")
+    assert found.output.text == "0.5"
+    assert json.loads(found.figure["data-seen"]) == ["0.25", "0.5", "1"]
+    again = BeautifulSoup(page.slider(draw, values, *words).data, "html.parser")
+    assert str(again) == str(found)  # pages are built twice to the same bytes
+
+
+def test_checks_of_a_page():
+    page.begin("smoke")
+    check("exact", 2, 2)
+    check("near", np.array([1.0, 3.0]), [1.0, 3.25], 0.5)
+    table = page.checks()
+    assert table["largest difference"].tolist() == ["0e+00", "2e-01"]
+    assert table["allowed"].tolist() == ["0e+00", "5e-01"]
+    assert table.index.tolist() == ["exact", "near"]
+    page.begin("smoke")
+    assert page.checks().empty
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    outputs = []
+    monkeypatch.setattr(page, "display", lambda data, raw: outputs.append(data))
+    return outputs
+
+
+def test_a_result_is_an_output_of_the_page(shown):
+    page.result(
+        accuracy=np.float32(0.5),
+        layers=torch.tensor([1.0, float("nan")]),
+        task="mr",
+        none=None,
+        seeds=(1, np.int64(2)),
+    )
+    (output,) = shown
+    (row,) = output["application/vnd.icl.result+json"]["rows"]
+    assert row == {
+        "accuracy": 0.5,
+        "layers": [1.0, None],
+        "task": "mr",
+        "none": None,
+        "seeds": [1, 2],
+    }
+    assert json.loads(json.dumps(output)) == output
+    assert "accuracy = 0.5" in output["text/plain"]
+    with pytest.raises(ValueError, match="model = <object"):
+        page.result(model=object())
+
+
+def test_rows_share_columns_that_they_may_override(shown):
+    rows = [{"measure": "a"}, {"measure": "b", "setting": "labels"}]
+    page.result(*rows, setting="ICL", facts={"data_sha256": "12ab"})
+    entered = shown[0]["application/vnd.icl.result+json"]
+    assert entered["rows"] == [
+        {"setting": "ICL", "measure": "a"},
+        {"setting": "labels", "measure": "b"},
+    ]
+    assert entered["facts"] == {"data_sha256": "12ab"}
