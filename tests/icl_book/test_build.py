@@ -25,10 +25,11 @@ from icl_book.build import (
     notebooks,
     run_page,
 )
-from icl_book.execute import plan, run_once
+from icl_book.execute import findings_of, plan, run_once
+from icl_book.scoreboard import read_claims
 from icl_book.store import NOTEBOOK, ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("book")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,30 @@ def test_a_chapter_says_what_its_run_took(html, pages):
         badges = pages[html / "book" / f"{name}.html"].select("h1 + p .sd-badge")
         said = [badge.get_text() for badge in badges]
         assert said[:2] == [f"{run['seconds']:.0f} s", f"{run['peak_gb']:.1f} GB"]
+
+
+def test_verdicts_of_the_book_follow_from_its_numbers():
+    """What the executed chapters say, judged again from their intervals."""
+    rows = []
+    for name in chapters():
+        run, _ = run_page(chapter_path(name), "smoke")
+        rows += findings_of(json.loads((run.folder / NOTEBOOK).read_text()))
+    assert len(rows) >= 60
+    tested = {row["claim"] for row in rows}
+    claims = read_claims(ROOT / "book" / "claims.toml")
+    assert tested == {c["number"] for c in claims if "headline" in c}
+    for row in rows:
+        assert row["on"], row
+        if "mean" in row:
+            low, high = row["low"] - row["bar"], row["high"] - row["bar"]
+            if row["side"] == "below":
+                low, high = -high, -low
+            holds, fails = low > 0, high < 0
+            want = "holds" if holds else "does not hold" if fails else "undecided"
+            assert row["verdict"] == want, row
+    said = re.findall(r"[+-]\d\.\d+ \[.*?\]", (ROOT / "README.md").read_text())
+    assert len(said) > 5
+    assert set(said) <= {row["here"] for row in rows}
 
 
 def test_pages_are_small(html):

@@ -65,7 +65,7 @@ def test_parameters(name):
     for parameter in parameters.values():
         assert len(parameter.help) > 3, f"{parameter.name} has no help"
     if "task" in parameters:  # a chapter of synthetic data has none
-        assert set(parameters["task"].allowed) <= set(tasks.TASKS)
+        assert set(parameters["task"].allowed) <= {*tasks.PAPER_TASKS, *tasks.KIN}
 
 
 def test_lines_of_code_fit_the_page(book):

@@ -22,7 +22,7 @@ from icl_book.__main__ import main
 from icl_book.store import NOTEBOOK, RECORD, ROOT, BookError, read_run, read_table
 from icl_book.sweep import expand, make_table, read_grid
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sweep")]
+pytestmark = pytest.mark.slow
 
 PARAMETERS = """
 n: int = 1  # 0..99: number
