@@ -28,8 +28,8 @@ from icl.scoring import TRUNK, Packing
 #: The families whose attention can be reached.
 FAMILIES = "gpt2, opt, xglm, gpt_neox, llama and qwen"
 
-#: Which token is read: the prompt's last, from which the label is predicted, or the
-#: last of the first label's word behind it, which the code of Dai et al. reads.
+#: The token that is read is the last of the prompt, from which the label is predicted,
+#: or of the first label word behind it, which the code of Dai et al. reads.
 POSITIONS = ("prompt", "label")
 
 _LIKELIEST = 10  # next tokens that are kept; Shen et al. (2024) compare as many
@@ -47,9 +47,9 @@ class Heads(NamedTuple):
         key, value: of these, behind those of the P tokens of the prefix.
     """
 
-    query: Float[Tensor, "*layers H T d_h"]
-    key: Float[Tensor, "*layers H P+T d_h"]
-    value: Float[Tensor, "*layers H P+T d_h"]
+    query: Float[Tensor, "... H T d_h"]
+    key: Float[Tensor, "... H P+T d_h"]
+    value: Float[Tensor, "... H P+T d_h"]
 
 
 @torch.inference_mode()

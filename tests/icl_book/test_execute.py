@@ -44,8 +44,8 @@ def write(path, parameters=PARAMETERS, body=BODY):
         ),
         nbformat.v4.new_code_cell(body.strip()),
     ]
-    for cell in cells:
-        cell.id = "same"
+    for n, cell in enumerate(cells):
+        cell.id = f"cell-{n}"
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
     path.write_text(nbformat.writes(notebook))

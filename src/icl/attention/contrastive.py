@@ -8,7 +8,7 @@ from torch.nn.functional import gelu, pad
 from icl.attention.masks import causal_sdpa, relative_positions, repeat_kv, to_bool_mask
 from icl.attention.replace import AttentionKind, option
 
-BLOCK = 64  # rows of scores that are held at a time
+_BLOCK = 64  # rows of scores that are held at a time
 
 
 class _Contrastive(AttentionKind):
@@ -73,8 +73,8 @@ class AugmentedAttention(_Contrastive, kind="augmented"):
 
     ``[g_1(V_D), V_T] softmax([g_2(K_D), K_T]ᵀ q)``: the two views of a demonstration
     that the contrastive loss draws together, each changed by a map (Ren & Liu 2023). In
-    a model ``g_1``, ``of_value``, and ``g_2``, ``of_key``, are a :class:`View` each, or
-    in the control a :class:`Scale`, which all heads of a layer share.
+    a model ``g_1``, ``of_value``, and ``g_2``, ``of_key``, are a ``_View`` each, or
+    in the control a ``_Scale``, which all heads of a layer share.
     """
 
     hidden: int = option("width of the views' hidden layers", default=0)
@@ -90,9 +90,9 @@ class AugmentedAttention(_Contrastive, kind="augmented"):
     def _view(self, config, seed):
         heads = config.num_attention_heads
         if self.matched:
-            return Scale(getattr(config, "num_key_value_heads", None) or heads)
+            return _Scale(getattr(config, "num_key_value_heads", None) or heads)
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return View(width, self.hidden, self.depth, self.residual, seed)
+        return _View(width, self.hidden, self.depth, self.residual, seed)
 
     def attend(self, query, key, value, shown, mask, scaling, module=None, **options):
         of_key, of_value = (
@@ -163,7 +163,7 @@ class DifferentialAttention(AttentionKind, kind="differential"):
         return first - self.lam * second
 
 
-class View(torch.nn.Module):
+class _View(torch.nn.Module):
     """The map ``g`` that augments one side of the pairs; it begins as the identity.
 
     Every layer is a network with one hidden layer, in parallel ``z + W_2 σ(W_1 z)``
@@ -193,8 +193,8 @@ class View(torch.nn.Module):
         return z
 
 
-class Scale(torch.nn.Module):
-    """One learned number per head, 1 at first: the control for :class:`View`."""
+class _Scale(torch.nn.Module):
+    """One learned number per head, 1 at first: the control for ``_View``."""
 
     def __init__(self, heads):
         super().__init__()
@@ -240,9 +240,9 @@ class _LogNormaliser(torch.autograd.Function):
     def forward(ctx, query, key, scale):
         ctx.scale, query = scale, query * scale
         total = torch.empty_like(query[..., 0])
-        for start in range(0, query.shape[2], BLOCK):
+        for start in range(0, query.shape[2], _BLOCK):
             scores = _earlier(query, key, start)
-            total[:, :, start : start + BLOCK] = scores.logsumexp(-1)
+            total[:, :, start : start + _BLOCK] = scores.logsumexp(-1)
         ctx.save_for_backward(query, key, total)
         return total
 
@@ -253,8 +253,8 @@ class _LogNormaliser(torch.autograd.Function):
         total = total.clamp(min=torch.finfo(total.dtype).min)  # nothing came before
         less = torch.cat([query, -total[..., None]], -1), pad(key, (0, 1), value=1)
         due = query * gradient[..., None]
-        for start in range(0, query.shape[2], BLOCK):
-            rows = slice(start, start + BLOCK)
+        for start in range(0, query.shape[2], _BLOCK):
+            rows = slice(start, start + _BLOCK)
             weights = _earlier(*less, start).exp_()
             end = weights.shape[-1]
             of_query[:, :, rows] = weights @ key[:, :, :end]
@@ -264,7 +264,7 @@ class _LogNormaliser(torch.autograd.Function):
 
 def _earlier(left, right, start):
     """Scores of a block of tokens with those before them, the rest at -inf."""
-    end = min(start + BLOCK, left.shape[2])
+    end = min(start + _BLOCK, left.shape[2])
     scores = left[:, :, start:end] @ right[:, :, :end].mT
     later = torch.ones_like(scores[0, 0, :, start:], dtype=torch.bool).triu()
     scores[..., start:].masked_fill_(later, -torch.inf)
@@ -286,8 +286,8 @@ def _least_like(left, key, k, shown, mask):
     allowed = allowed.expand(-1, -1, length, length)
     excluded = torch.ge if shown is None else torch.eq
     indices, valid = [], []
-    for start in range(0, length, BLOCK):
-        rows = slice(start, start + BLOCK)
+    for start in range(0, length, _BLOCK):
+        rows = slice(start, start + _BLOCK)
         like = left[:, :, rows] @ key.mT
         out = excluded(place, place[rows, None]) | ~allowed[:, :, rows]
         like, index = like.masked_fill_(out, torch.inf).topk(k, largest=False)
@@ -318,7 +318,7 @@ class _MeanOf(torch.autograd.Function):
 def _blocks(index, share):
     """Blocks of rows, and their matrices of shares ``(B, H, block, S)``."""
     length = index.shape[2]
-    for start in range(0, length, BLOCK):
-        rows = slice(start, start + BLOCK)
+    for start in range(0, length, _BLOCK):
+        rows = slice(start, start + _BLOCK)
         weights = share.new_zeros(*share[:, :, rows].shape[:3], length)
         yield rows, weights.scatter_(-1, index[:, :, rows], share[:, :, rows])

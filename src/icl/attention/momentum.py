@@ -13,7 +13,7 @@ from icl.attention.replace import (
     softmax_attention,
 )
 
-CHUNK = 32  # tokens that one product of matrices sums
+_CHUNK = 32  # tokens that one product of matrices sums
 
 
 def in_unit_interval(rate):
@@ -196,13 +196,13 @@ def _scan(x, decay, first, back=False):
     All exponents are positive, so nothing grows.
     """
     tokens = x.shape[2]
-    size = min(tokens, CHUNK)
+    size = min(tokens, _CHUNK)
     place = torch.arange(size, device=x.device)
     age = place[:, None] - 1 - place
     weights = (decay[:, None, None] ** age.clamp(min=0)).masked_fill(age < 0, 0)
     weights = (first[:, None, None] * weights).to(x.dtype)
     weights = weights.mT if back else weights
-    if tokens <= CHUNK:
+    if tokens <= _CHUNK:
         return weights @ x
     chunks = -(-tokens // size)
     x = pad(x, (0, 0, 0, chunks * size - tokens)) if tokens % size else x

@@ -32,7 +32,7 @@ class AttentionKind:
     """One kind of attention: options, learned parameters, forward pass.
 
     ``class Mine(AttentionKind, kind="mine")`` is a dataclass whose fields are options,
-    registered as ``"mine"`` in :data:`KINDS` and as ``"icl_mine"`` with transformers.
+    registered as ``"mine"`` in ``KINDS`` and as ``"icl_mine"`` with transformers.
     """
 
     applies_dropout = False  # in training, as a model's own attention does

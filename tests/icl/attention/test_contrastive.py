@@ -13,7 +13,7 @@ from icl.attention import (
     NegativeAttention,
     RegularisedAttention,
 )
-from icl.attention.contrastive import View
+from icl.attention.contrastive import _View
 from icl.kernels import contrastive_loss, gram_features, initial_weight, normaliser
 
 
@@ -363,11 +363,11 @@ def test_differential_attention_by_hand():
 
 @pytest.mark.parametrize("options", [{}, {"residual": False}, {"depth": 3}])
 def test_views_begin_as_the_identity_and_can_leave_it(options):
-    view, z = View(4, 9, seed=1, **options), torch.randn(2, 3, 5, 4)
+    view, z = _View(4, 9, seed=1, **options), torch.randn(2, 3, 5, 4)
     torch.testing.assert_close(view(z), z)
     view(z).square().sum().backward()
     assert view.out.grad.abs().max() > 0
-    view = View(4, 9, seed=1, **(options | {"depth": 1}))
+    view = _View(4, 9, seed=1, **(options | {"depth": 1}))
     with torch.no_grad():
         view.out.fill_(1.0)
     step = torch.nn.functional.gelu(z @ view.into[0].T) @ torch.ones(9, 4)
@@ -378,4 +378,4 @@ def test_views_begin_as_the_identity_and_can_leave_it(options):
 @pytest.mark.parametrize(("hidden", "residual"), [(0, True), (7, False)])
 def test_views_that_are_too_narrow_are_refused(hidden, residual):
     with pytest.raises(ValueError, match="hidden"):
-        View(4, hidden, residual=residual)
+        _View(4, hidden, residual=residual)
