@@ -168,11 +168,11 @@ def collect(runs, key: list[str], path: Path, command: str, costs=False):
             paid = ("seconds", "peak_gb", "fingerprint") if costs else ()
             paid = {name: record[name] for name in paid}
             rows += [named | row | paid for row in record["rows"]]
+    if not rows:
+        return read_table(path)[0] if path.is_file() else pd.DataFrame()
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.stem}.lock")):
         table, origin = read_table(path) if path.is_file() else (pd.DataFrame(), {})
-        if not rows:
-            return table
         added = pd.DataFrame(rows)
         for column in added:  # a CSV file has no lists but as JSON
             if added[column].map(type).isin([list, dict]).any():

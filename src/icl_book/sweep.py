@@ -216,16 +216,20 @@ def connect(scheduler=None, scheduler_file=None, workers=None, threads=1, timeou
     Raises:
         BookError: it does not.
     """
+    if scheduler_file is not None:  # Dask would wait for one that is not there
+        try:
+            scheduler = json.loads(Path(scheduler_file).read_text())["address"]
+        except (OSError, ValueError, KeyError) as error:
+            raise BookError(f"{scheduler_file} names no scheduler: {error}") from None
     with contextlib.ExitStack() as stack:
-        if scheduler is None and scheduler_file is None:
+        if scheduler is None:
             scheduler = stack.enter_context(_local_cluster(workers, threads))
         try:
-            given = {"scheduler_file": str(scheduler_file)} if scheduler_file else {}
-            client = Client(scheduler, timeout=timeout, **given)
+            client = Client(scheduler, timeout=timeout)
         except (OSError, TimeoutError, ValueError) as error:
-            why, where = str(error).split("\n")[0], scheduler or scheduler_file
-            why = f"within {timeout} s ({why or type(error).__name__})"
-            raise BookError(f"no Dask scheduler answers at {where} {why}") from None
+            why = str(error).split("\n")[0] or type(error).__name__
+            why = f"within {timeout} s ({why})"
+            raise BookError(f"no Dask scheduler answers at {scheduler} {why}") from None
         yield stack.enter_context(client)
 
 
