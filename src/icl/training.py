@@ -150,7 +150,6 @@ def build_model(
     use_onednn(model, always=True)  # a run that resumes must round alike
     if mu := (attention or {}).get("layerwise"):
         layerwise_momentum(model, mu)
-        config.icl_layerwise = mu
     elif attention:
         replace_attention(model, **attention)
     return model

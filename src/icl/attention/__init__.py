@@ -38,6 +38,7 @@ from icl.attention.replace import (
     option,
     rates,
     replace_attention,
+    restore_attention,
 )
 
 __all__ = ["KINDS", "AttentionKind", "AugmentedAttention", "ConvolutionAttention"]
@@ -45,4 +46,4 @@ __all__ += ["DeltaAttention", "DifferentialAttention", "HeavyBallAttention"]
 __all__ += ["LinearAttention", "MomentumAttention", "NegativeAttention"]
 __all__ += ["RegularisedAttention", "ReleasedMomentumAttention", "convolve_chunked"]
 __all__ += ["convolve_fft", "convolve_recurrent", "ema_kernel", "layerwise_momentum"]
-__all__ += ["option", "rates", "replace_attention"]
+__all__ += ["option", "rates", "replace_attention", "restore_attention"]

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, pad
 
 from icl.attention.masks import causal_sdpa, relative_positions, repeat_kv, to_bool_mask
@@ -21,6 +22,10 @@ class _Contrastive(AttentionKind):
 
     demonstrations: int = option("number at the front, or 0", lambda n: n >= 0, 0)
     matched: bool = option("the control with the same sum of weights", default=False)
+
+    @property
+    def needs_all_keys(self):
+        return self.demonstrations > 0 or self.kind == "negative"
 
     def forward(self, query, key, value, mask, scaling=None, **options):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -247,6 +252,7 @@ class _LogNormaliser(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         query, key, total = ctx.saved_tensors
         of_query, of_key = torch.empty_like(query), torch.zeros_like(key)
@@ -308,6 +314,7 @@ class _MeanOf(torch.autograd.Function):
         return means
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         of_value = torch.zeros_like(gradient)
         for rows, weights in _blocks(*ctx.saved_tensors):

@@ -17,6 +17,8 @@ class _Memory(AttentionKind):
     decoding. Padding, before or behind, writes nothing; packed texts are refused.
     """
 
+    needs_all_keys = True
+
     beta: float | int = option("step, in [0, 2 (1 - momentum)]", default=1.0)
     decay: float | int = option("in (0, 1]", lambda decay: 0 < decay <= 1, default=1.0)
     momentum: float | int = option("in [0, 1)", lambda mu: 0 <= mu < 1, default=0.0)

@@ -39,6 +39,11 @@ CASES = {
         dict(eta=0.7, reach=1, learned=True),
         dict(eta=0.7, reach=3),
     ],
+    "released_momentum": [
+        dict(exponentials=2),
+        dict(),
+        dict(exponentials=1, current=False, positive=True),
+    ],
     "regularised": [
         dict(alpha=0.6, demonstrations=6),
         dict(alpha=0.6),
@@ -98,6 +103,7 @@ def replaced(family, kind, **options):
 
 def learned_names(model):
     names = ("rate_logits", "convolution_weights", "gate_weights", "of_key", "of_value")
+    names += ("ema_logits", "ema_weights")
     return [n for n, _ in model.named_parameters() if any(name in n for name in names)]
 
 
@@ -111,14 +117,20 @@ def test_token_by_token_is_the_whole_pass(family, kind, case):
     assert_same_token_by_token(model, IDS, whole)
 
 
-WITH_RATES = ["momentum", "linear", "heavy_ball", "delta", "convolution"]
+def cases():
+    """Every case of every kind, each in one family."""
+    found = []
+    every = [(kind, case) for kind, cases in CASES.items() for case in cases]
+    for n, (kind, case) in enumerate(every):
+        family = FAMILIES[n % len(FAMILIES)]
+        name = f"{family}-{kind}-" + "-".join(map(str, case.values()))
+        found.append(pytest.param(family, kind, case, id=name))
+    return found
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"), list(zip(FAMILIES, WITH_RATES, strict=True))
-)
-def test_generation_behind_padding(family, kind):
-    model = replaced(family, kind, **CASES[kind][-1])
+@pytest.mark.parametrize(("family", "kind", "case"), cases())
+def test_generation_behind_padding(family, kind, case):
+    model = replaced(family, kind, **case)
     padded, mask = padded_left(IDS, 5)
     longer = dict(max_new_tokens=5, do_sample=False, pad_token_id=1)
     alone = model.generate(IDS, attention_mask=torch.ones_like(IDS), **longer)
@@ -126,14 +138,32 @@ def test_generation_behind_padding(family, kind):
     assert ahead[0, 5:].tolist() == alone[0].tolist()
 
 
-@pytest.mark.parametrize("kind", ["momentum", "heavy_ball", "convolution"])
-def test_a_cache_of_fixed_size(kind):
-    model = replaced("llama", kind, **CASES[kind][1])
+@pytest.mark.parametrize("cuts", [[8], [1, 5, 6, 7], [8, 9, 10, 11]])
+@pytest.mark.parametrize(("family", "kind", "case"), cases())
+def test_a_cache_of_fixed_size(family, kind, case, cuts):
+    model = replaced(family, kind, **case)
     whole = model(IDS).logits
     cache = StaticCache(config=model.config, max_cache_len=16)
-    first = model(IDS[:, :8], past_key_values=cache, use_cache=True).logits
-    second = model(IDS[:, 8:], past_key_values=cache, use_cache=True).logits
-    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    parts = IDS.tensor_split(cuts, 1)
+    found = [model(ids, past_key_values=cache, use_cache=True).logits for ids in parts]
+    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "kind", "case"), cases())
+def test_a_cache_of_fixed_size_behind_padding(family, kind, case):
+    model = replaced(family, kind, **case)
+    whole = model(IDS).logits
+    padded, mask = padded_left(IDS, 3)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    found = []
+    for first, last in [(0, 10), (10, 11), (11, 15)]:
+        seen = mask[:, :last]
+        position = (seen.cumsum(1) - 1).clamp(min=0)[:, first:]
+        options = {} if family == "opt" else {"position_ids": position}
+        options |= dict(past_key_values=cache, use_cache=True, attention_mask=seen)
+        found.append(model(padded[:, first:last], **options).logits)
+    found = torch.cat(found, 1)[:, 3:]
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
