@@ -6,7 +6,13 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, pad
 
-from icl.attention.masks import causal_sdpa, relative_positions, repeat_kv, to_bool_mask
+from icl.attention.masks import (
+    causal_sdpa,
+    relative_positions,
+    repeat_kv,
+    to_bool_mask,
+    upcast,
+)
 from icl.attention.replace import AttentionKind, option
 
 _BLOCK = 64  # rows of scores that are held at a time
@@ -138,7 +144,8 @@ class NegativeAttention(_Contrastive, kind="negative"):
         left = query if self.by == "scores" else key
         index, valid = _least_like(left, key, k, shown, mask)
         if self.matched:
-            pushed = value * (1 - self.beta * valid.any(-1, keepdim=True))
+            pushed = valid.any(-1, keepdim=True).to(value.dtype)
+            pushed = value * (1 - self.beta * pushed)
         else:
             share = valid.to(value.dtype) / valid.sum(-1, keepdim=True).clamp(min=1)
             pushed = value - self.beta * _MeanOf.apply(value, index, share)
@@ -294,7 +301,7 @@ def _least_like(left, key, k, shown, mask):
     indices, valid = [], []
     for start in range(0, length, _BLOCK):
         rows = slice(start, start + _BLOCK)
-        like = left[:, :, rows] @ key.mT
+        like = upcast(left[:, :, rows]) @ upcast(key).mT
         out = excluded(place, place[rows, None]) | ~allowed[:, :, rows]
         like, index = like.masked_fill_(out, torch.inf).topk(k, largest=False)
         indices.append(index)

@@ -231,15 +231,14 @@ def layerwise_momentum(model: PreTrainedModel, mu: float) -> list:
         raise ValueError(f"mu must lie in (0, 1), not {mu}")
     modules = {*attention_modules(model)}
     blocks = [block for block in model.modules() if modules & {*block.children()}]
-    for block in blocks:
-        for key, hook in [*block._forward_pre_hooks.items()]:
-            if isinstance(hook, _Ahead):
-                del block._forward_pre_hooks[key]
+    for hook in model.__dict__.get("icl_layerwise", ()):
+        hook.remove()
     model.config.icl_layerwise, last = mu, {}
-    return [
+    model.icl_layerwise = [
         block.register_forward_pre_hook(_Ahead(mu, n, len(blocks) - 1, last))
         for n, block in enumerate(blocks)
     ]
+    return model.icl_layerwise
 
 
 @dataclass
