@@ -184,7 +184,12 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
     model.to(accelerator.device).train()
     optimizer = _optimizer(model, config)
     model_config = model.config.to_diff_dict()
-    for name in ("transformers_version", "dtype", "architectures"):
+    for name in (
+        "transformers_version",
+        "dtype",
+        "architectures",
+        "attn_implementation",
+    ):
         model_config.pop(name, None)
     identity = {"config": asdict(config), "model": model_config, "data": data}
     identity = json.loads(json.dumps(identity))  # what a checkpoint must agree on

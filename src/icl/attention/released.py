@@ -60,54 +60,59 @@ class ReleasedMomentumAttention(AttentionKind, kind="released_momentum"):
 
     def forward(self, query, key, value, mask, scaling=None, module=None, **options):
         decay, weight = options.pop("parameters", None) or self.parameters(module)
+        own = softmax_attention(query, key, value, mask, scaling, module, **options)
         with torch.autocast(query.device.type, enabled=False):  # sums need all digits
             past = self._past(upcast(value), query.shape, mask, decay, weight, module)
-        own = softmax_attention(query, key, value, mask, scaling, module, **options)
         return own + past.to(value.dtype)
 
     def _past(self, value, shape, mask, decay, weight, module):
         (heads, tokens), length = shape[1:3], value.shape[2]
         if mask is None and tokens == 1:
-            kernel = self._kernel(decay, weight, length, value.dtype, module)
-            kernel = kernel.unflatten(0, (heads, -1)).mT.flip(1)
+            kernel = self._kernel(decay, weight, length, heads, value.dtype, module)
             last = value[:, :, length - kernel.shape[1] :]
             return (repeat_kv(last, heads) * kernel).sum(2, keepdim=True)
-        x = repeat_kv(value, heads).mT.flatten(1, 2)
-        end = length
+        x, end = repeat_kv(value, heads).mT, length  # (B, H, d_v, S)
         if mask is not None:
             distance = relative_positions(mask, tokens, length, value.device)[:, 0]
             hidden, end = _before_and_end(distance)
             if hidden is None:
-                kernel = self._kernel(decay, weight, length, value.dtype, module)
-                out = convolve_masked(x, kernel, distance)
+                kernel = self._kernel(decay, weight, length, heads, x.dtype, module)
+                kernel = kernel.flip(1).mT.flatten(0, 1)
+                out = convolve_masked(x.flatten(1, 2), kernel, distance)
                 return out.unflatten(1, (heads, -1)).mT
-            x = x[..., :end].masked_fill(hidden[:, None, :end], 0)
+            x = x[..., :end].masked_fill(hidden[:, None, None, :end], 0)
         if not self.current:
             x, weight = pad(x, (1, -1)), weight * decay
-        out = convolve_chunked(x, decay, weight)[..., end - tokens :]
-        return out.unflatten(1, (heads, -1)).mT
+        return convolve_chunked(x, decay, weight)[..., end - tokens :].mT
 
-    def _kernel(self, decay, weight, length, dtype, module):
-        """κ, as far as it differs from 0; without gradients the last one is kept."""
+    def _kernel(self, decay, weight, length, heads, dtype, module):
+        """κ from the past on, ``(H, R, d_v)``, as far back as it differs from 0.
+
+        Without gradients the last one is kept, for a step of decoding needs no new one.
+        """
         kept = module is not None and not (weight.requires_grad or decay.requires_grad)
-        if kept and (last := module.__dict__.get("icl_kernel")):
-            same = last[0].dtype == dtype and last[0].device == weight.device
-            same = same and torch.equal(last[1], decay) and torch.equal(last[2], weight)
-            if same and (last[3] >= length or last[0].shape[1] < last[3]):
-                return last[0][:, :length]
-        longest = reach = 2 ** (length - 1).bit_length()
-        slowest = decay.amax().item()
-        if slowest < 1:  # what is left of the sum is below rounding
-            slowest = max(slowest, torch.finfo(decay.dtype).tiny)
-            small = math.log(torch.finfo(dtype).eps / 16 * (1 - slowest))
-            reach = min(longest, math.ceil(small / math.log(slowest)))
-        kernel = ema_kernel(decay, weight, reach)
-        if not self.current:
-            kernel = kernel.index_fill(1, torch.zeros_like(kernel[0, :1], dtype=int), 0)
-        kernel = kernel.to(dtype)
-        if kept:
-            module.icl_kernel = kernel, decay, weight, longest
-        return kernel[:, :length]
+        last = getattr(module, "icl_kernel", None) if kept else None
+        if last is None or not _same(last, (decay, weight), dtype, length):
+            longest = reach = 2 ** (length - 1).bit_length()
+            slowest = max(decay.amax().item(), torch.finfo(decay.dtype).tiny)
+            if slowest < 1:  # what is left of the sum is below rounding
+                small = math.log(torch.finfo(dtype).eps / 16 * (1 - slowest))
+                reach = min(longest, math.ceil(small / math.log(slowest)))
+            kernel = ema_kernel(decay, weight, reach)
+            if not self.current:
+                kernel = pad(kernel[:, 1:], (1, 0))
+            kernel = kernel.flip(1).unflatten(0, (heads, -1)).mT.to(dtype).contiguous()
+            last = kernel, decay, weight, math.inf if reach < longest else longest
+            if kept:
+                module.icl_kernel = last
+        return last[0][:, max(0, last[0].shape[1] - length) :]
+
+
+def _same(last, rates, dtype, length):
+    """Whether a kernel that was kept is of these rates, and long enough."""
+    kernel, *known, longest = last
+    same = kernel.dtype == dtype and kernel.device == rates[0].device
+    return same and longest >= length and all(map(torch.equal, known, rates))
 
 
 def ema_kernel(decay: Rates, weight: Rates, length: int) -> Float[Tensor, "d L"]:
@@ -133,13 +138,17 @@ def convolve_recurrent(x: Channels, decay: Rates, weight: Rates) -> Channels:
     return torch.stack(out, -1)
 
 
-def convolve_chunked(x: Channels, decay: Rates, weight: Rates) -> Channels:
+def convolve_chunked(
+    x: Float[Tensor, "B *d T"], decay: Rates, weight: Rates
+) -> Float[Tensor, "B *d T"]:
     """The same in time linear in T: a matrix inside chunks, states between them."""
-    batch, _, tokens = x.shape
+    batch, *shape, tokens = x.shape
     size = min(_CHUNK, tokens)
     chunks = -(-tokens // size)
-    x = pad(x, (0, chunks * size - tokens)).unflatten(2, (chunks, size))
-    x = x.permute(1, 3, 2, 0).flatten(2)  # (d, size, chunks B)
+    if chunks * size > tokens:
+        x = pad(x, (0, chunks * size - tokens))
+    x = x.unflatten(-1, (chunks, size)).movedim(0, -1).transpose(-3, -2)
+    x = x.reshape(len(decay), size, chunks * batch)
     place = torch.arange(size, device=x.device)
     age = place[:, None] - place
     inside = ema_kernel(decay, weight, size)[:, age.clamp(min=0)]
@@ -152,9 +161,10 @@ def convolve_chunked(x: Channels, decay: Rates, weight: Rates) -> Channels:
         for n in range(chunks - 1):
             states.append(whole * states[-1] + added[:, :, n])
         leaving = ((weight * decay)[..., None] * powers).mT.to(x.dtype)
-        out = out + leaving @ torch.stack(states, 2).flatten(2)
-    out = out.unflatten(2, (chunks, batch)).permute(3, 0, 2, 1)
-    return out.flatten(2)[..., :tokens]
+        out.baddbmm_(leaving, torch.stack(states, 2).flatten(2))
+    out = out.unflatten(2, (chunks, batch)).unflatten(0, shape)
+    out = out.transpose(-3, -2).movedim(-1, 0).flatten(-2)
+    return out[..., :tokens]
 
 
 def convolve_masked(
