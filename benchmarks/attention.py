@@ -9,6 +9,8 @@ Ratios of the least of several times, the two taking turns:
   operation; timed on the first 512 tokens and scaled by the number of pairs) and the
   dense matrix of all decays, over the scan; and how the scan grows with the tokens;
 - one step of decoding behind 4,096 tokens;
+- the released form of momentum: forward and backward at 1,024 tokens, its peak of
+  memory, and a step of decoding, as it starts and with slow rates throughout;
 - forward and backward at 1,024 tokens of the contrastive attentions, of which the
   augmented one has maps that cost nothing; and at 4,096 tokens the memory that
   negatives allocate.
@@ -25,6 +27,7 @@ from icl.attention import (
     MomentumAttention,
     NegativeAttention,
     RegularisedAttention,
+    ReleasedMomentumAttention,
 )
 
 HEADS, WIDTH = 12, 64
@@ -98,6 +101,47 @@ def momentum():
     record(name, b / a, "x", at_most=2)
 
 
+def released():
+    q, k, v = inputs = drawn(4, 1024)
+    logits = (0.2 * torch.randn(HEADS * WIDTH, 8)).requires_grad_()
+    weights = torch.randn(HEADS * WIDTH, 8, requires_grad=True)
+    module = torch.nn.Module()
+    module.ema_logits, module.ema_weights = logits, weights
+    attend = ReleasedMomentumAttention()
+
+    def usual():
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def ours():
+        return attend(q, k, v, parameters=attend.parameters(module))
+
+    runs = [
+        lambda: trained(usual, inputs),
+        lambda: trained(ours, inputs, logits, weights),
+    ]
+    over = "released momentum over softmax, 1,024 tokens"
+    a, b = fastest(*runs)
+    record(f"{over}, seconds", b / a, "x", at_most=1.25)
+    a, b = map(peak, runs)
+    record(f"{over}, memory", b / a, "x", at_most=1.25)
+
+    q, k, v = (x.detach() for x in drawn(1, 1, 4096))
+    for rates, name in [(logits.detach(), "at first"), (logits.detach() + 9, "slow")]:
+        module.ema_logits = rates
+
+        @torch.no_grad()
+        def step():
+            return [attend.forward(q, k, v, None, module=module) for _ in range(50)]
+
+        runs = [
+            lambda: [scaled_dot_product_attention(q, k, v) for _ in range(50)],
+            step,
+        ]
+        a, b = fastest(*runs)
+        over = f"released momentum, rates {name}, over softmax, a token behind 4,096"
+        record(over, b / a, "x", at_most=1.5)
+
+
 def contrast():
     q, k, v = inputs = drawn(4, 1024)
 
@@ -126,5 +170,6 @@ def contrast():
 if __name__ == "__main__":
     torch.manual_seed(0)
     momentum()
+    released()
     contrast()
     save()

@@ -17,7 +17,7 @@ from scoring import flops, inner_weights, original
 
 from icl.scoring import score
 from icl.tasks import prompt_prefix, token_counts
-from icl.training import SIZES, build_gpt2
+from icl.training import SIZES, build_model
 
 QUERIES = 32  # where their number is not what grows
 
@@ -48,7 +48,7 @@ def main(sizes):
 
     seconds = {}
     for size in sizes:
-        random = build_gpt2(size, len(tokenizer), 2048).eval()
+        random = build_model(size, len(tokenizer), 2048, rotary=False).eval()
         arguments = setting(QUERIES, task.sample(16, SEED), random)
         weights = inner_weights(random)
         seconds[weights] = least(score, *arguments)

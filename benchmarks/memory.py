@@ -23,7 +23,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from icl.attention import DeltaAttention
 from icl.online import chunkwise, mesa, recurrent
-from icl.training import build_gpt2
+from icl.training import build_model
 
 WIDTH = 64
 
@@ -133,7 +133,7 @@ def language_models():
         "delta, momentum": {"kind": "delta", **started},
     }
     lengths = (512, 1024, 2048, 4096, 8192)
-    models = [build_gpt2("1m", 256, lengths[-1], attention=a) for a in arms.values()]
+    models = [build_model("1m", 256, lengths[-1], 0, a, False) for a in arms.values()]
     times, most = {}, {}
     for length in lengths:
         ids = torch.randint(256, (1, length))

@@ -19,7 +19,7 @@ from transformers import GPT2LMHeadModel
 from icl.training import (
     SIZES,
     TrainConfig,
-    build_gpt2,
+    build_model,
     gpt2_config,
     text_batches,
     train,
@@ -50,7 +50,7 @@ def plain_loop(batches):
 
 
 def trainer(batches, attention):
-    model = build_gpt2(SIZE, VOCABULARY, LENGTH, attention=attention)
+    model = build_model(SIZE, VOCABULARY, LENGTH, 0, attention, False)
     with tempfile.TemporaryDirectory() as folder:
         train(model, batches, folder, CONFIG, report=str)
 
@@ -85,7 +85,7 @@ def main():
 def flops():
     """Floating-point operations of a step of training, a token."""
     layers, width, _ = SIZES[SIZE]
-    model = build_gpt2(SIZE, VOCABULARY, LENGTH)
+    model = build_model(SIZE, VOCABULARY, LENGTH, rotary=False)
     weights = model.num_parameters() - model.transformer.wpe.weight.numel()
     return 6 * weights + 6 * layers * width * LENGTH
 

@@ -46,6 +46,17 @@ TINY = {
         num_key_value_heads=2,
         max_position_embeddings=256,
     ),
+    "gemma3_text": dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        sliding_window=256,
+        sliding_window_pattern=2,
+    ),
     "qwen3": dict(
         hidden_size=32,
         intermediate_size=64,

@@ -1,4 +1,4 @@
-"""A small trainer: GPT-2 with any attention of icl.attention, on text or other tokens.
+"""A small trainer of language models with any attention of icl.attention.
 
 One loop for a CPU, a GPU or several processes (``accelerate launch`` of a script that
 calls :func:`train`). A checkpoint holds weights, optimizer and progress as safetensors
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Integer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from icl.attention import layerwise_momentum, replace_attention
 from icl.models import use_onednn
@@ -108,8 +108,13 @@ def gpt2_config(vocabulary, positions, layers, width, heads, inner=None, **optio
     )
 
 
-def build_gpt2(size, vocabulary, positions, seed=0, attention=None, inner=None):
-    """A new GPT-2 of transformers.
+def build_model(
+    size, vocabulary, positions, seed=0, attention=None, rotary=True, inner=None
+):
+    """A new language model of transformers.
+
+    Llama's form by default: rotary positions, root-mean-square norms, gated MLPs. As a
+    contrast GPT-2's: learned positions, layer norms. Embeddings are tied in both.
 
     Args:
         size: one of ``SIZES``.
@@ -117,19 +122,34 @@ def build_gpt2(size, vocabulary, positions, seed=0, attention=None, inner=None):
         seed: of the random weights, which are the same with any attention.
         attention: arguments of :func:`icl.attention.replace_attention`, or
             ``{"layerwise": mu}`` for momentum from block to block; default softmax.
-        inner: width of the MLPs' hidden layers; default four times the model's.
+        rotary: Llama; if False GPT-2.
+        inner: width of the MLPs' hidden layers; default 8/3 of the model's, rounded up
+            to a multiple of 8, or for GPT-2 4 times the model's.
     """
     if size not in SIZES:
         raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
-    options = {"activation_function": "gelu_pytorch_tanh"}  # GPT-2's, in one kernel
-    config = gpt2_config(vocabulary, positions, *SIZES[size], inner, **options)
+    layers, width, heads = SIZES[size]
+    if rotary:
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            max_position_embeddings=positions,
+            num_hidden_layers=layers,
+            hidden_size=width,
+            num_attention_heads=heads,
+            intermediate_size=inner or 8 * math.ceil(width / 3),
+            tie_word_embeddings=True,
+            use_cache=False,
+            **dict.fromkeys(["bos_token_id", "eos_token_id"]),
+        )
+    else:
+        options = {"activation_function": "gelu_pytorch_tanh"}  # GPT-2's, in one kernel
+        config = gpt2_config(vocabulary, positions, *SIZES[size], inner, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = GPT2LMHeadModel(config)
+        model = AutoModelForCausalLM.from_config(config)
     use_onednn(model, always=True)  # a run that resumes must round alike
     if mu := (attention or {}).get("layerwise"):
         layerwise_momentum(model, mu)
-        config.icl_layerwise = mu
     elif attention:
         replace_attention(model, **attention)
     return model
@@ -139,7 +159,7 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
     """Train a model in place, or resume its killed run.
 
     Args:
-        model: from :func:`build_gpt2`, or another with a ``config`` and a ``loss``.
+        model: from :func:`build_model`, or another with a ``config`` and a ``loss``.
         batches: the model's arguments by step (from 0), arrays of ``config.batch``
             rows, such as :func:`text_batches`.
         folder: of this run alone, for its checkpoint, ``checkpoint.safetensors``.
@@ -164,7 +184,12 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
     model.to(accelerator.device).train()
     optimizer = _optimizer(model, config)
     model_config = model.config.to_diff_dict()
-    for name in ("transformers_version", "dtype", "architectures"):
+    for name in (
+        "transformers_version",
+        "dtype",
+        "architectures",
+        "attn_implementation",
+    ):
         model_config.pop(name, None)
     identity = {"config": asdict(config), "model": model_config, "data": data}
     identity = json.loads(json.dumps(identity))  # what a checkpoint must agree on
@@ -209,7 +234,7 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
 @torch.no_grad()
 def evaluate(model, tokens, length, batch=32) -> Float[np.ndarray, " W"]:
     """Mean nats per token in each window of ``length`` tokens of a text."""
-    most = min(len(tokens), model.config.n_positions)
+    most = min(len(tokens), model.config.max_position_embeddings)
     if not 1 < length <= most:
         raise ValueError(f"windows of {length} tokens do not fit into {most}")
     trained, found = model.training, []

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from icl.attention import rates
 from icl.training import (
     TrainConfig,
-    build_gpt2,
+    build_model,
     evaluate,
     text_batches,
     train,
@@ -32,8 +32,8 @@ def tokens():
     return np.random.default_rng(0).integers(0, VOCABULARY, 300)
 
 
-def small(attention=None, positions=LENGTH, seed=3):
-    return build_gpt2("0.1m", VOCABULARY, positions, seed, attention)
+def small(attention=None, positions=LENGTH, seed=3, rotary=True):
+    return build_model("0.1m", VOCABULARY, positions, seed, attention, rotary)
 
 
 def changed(config, **changes):
@@ -112,10 +112,10 @@ def test_micro_batches_make_the_same_step(tokens, straight, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("arm", ["learned", "convolution", "delta"])
+@pytest.mark.parametrize("arm", ["learned", "convolution", "delta", "released"])
 def test_learned_rates_are_not_decayed(arm, tokens, tmp_path):
-    model = small(ARMS[arm])
-    plain = {name for name, _ in small().named_parameters()}
+    model = small(ARMS[arm], rotary=False)
+    plain = {name for name, _ in small(rotary=False).named_parameters()}
     learned = {n: p for n, p in model.named_parameters() if n not in plain}
     assert learned
     before = {name: weight.detach().clone() for name, weight in learned.items()}
@@ -124,7 +124,8 @@ def test_learned_rates_are_not_decayed(arm, tokens, tmp_path):
     for name, weight in learned.items():
         assert (weight - before[name]).abs().max() < 1.1e-3
     # and a matrix of the model is decayed: 1e-3 * 90 of it
-    weight, old = model.transformer.wpe.weight, small().transformer.wpe.weight
+    old = small(rotary=False).transformer.wpe.weight
+    weight = model.transformer.wpe.weight
     assert (weight - 0.91 * old).abs().max() < 1.1e-3
 
 
@@ -152,13 +153,13 @@ def test_a_killed_run_resumes_to_the_bit(tokens, straight, tmp_path, stop_at):
 SCRIPT = f"""
 import sys
 import numpy as np
-from icl.training import TrainConfig, build_gpt2, evaluate, text_batches, train
+from icl.training import TrainConfig, build_model, evaluate, text_batches, train
 
 tokens = np.random.default_rng(0).integers(0, {VOCABULARY}, 300)
 config = TrainConfig(steps=6, batch=4, warm_up=2, save_every=1, evaluate_every=1)
 attention = dict(kind="momentum", eta=0.5, learned=True)
 for folder in sys.argv[1:]:
-    model = build_gpt2("0.1m", {VOCABULARY}, {LENGTH}, 3, attention)
+    model = build_model("0.1m", {VOCABULARY}, {LENGTH}, 3, attention)
     batches = text_batches(tokens, config.batch, {LENGTH}, 7)
     measure = lambda model: evaluate(model, tokens[:40], {LENGTH}).mean()
     train(model, batches, folder, config, measure, seed=7)
@@ -232,7 +233,7 @@ def test_what_does_not_fit_is_refused_at_once(tokens, tmp_path):
     with pytest.raises(ValueError, match="16"):
         evaluate(small(), tokens[:10], 16)
     with pytest.raises(ValueError, match="2b"):
-        build_gpt2("2b", 10, 10)
+        build_model("2b", 10, 10)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +272,7 @@ ARMS = {
     "convolution": dict(kind="convolution", eta=0.5, reach=4, learned=True),
     "layerwise": dict(layerwise=0.3),
     "delta": dict(kind="delta", beta=0.5, learned=True),
+    "released": dict(kind="released_momentum"),
 }
 
 
@@ -298,7 +300,7 @@ def test_learned_rates_begin_at_those_given():
 def test_spread_sequences_train_all_positions(tokens, tmp_path):
     config = changed(CONFIG, steps=8, batch=12, weight_decay=0.0)
     for positions, trained in [(None, LENGTH), (32, 32)]:
-        model = small(positions=32)
+        model = small(positions=32, rotary=False)
         before = model.transformer.wpe.weight.clone()
         batches = text_batches(tokens, 12, LENGTH, positions=positions)
         train(model, batches, tmp_path / str(positions), config, report=str)

@@ -4,9 +4,9 @@ Each kind is one class (:class:`AttentionKind`) with its options, what it learns
 what it computes. ``KINDS`` holds them by name; :func:`replace_attention` puts one into
 a model.
 
-- With momentum (Dai et al. 2023, section 5) and, as controls, with a heavy ball or a
-  short convolution. The paper leaves open where the sum is added; here it joins each
-  head's output.
+- With momentum (Dai et al. 2023, section 5): the paper's formula, the learned long
+  convolution that its authors released, and as controls a heavy ball or a short
+  convolution. All join each head's output before the output projection.
 - Contrastive (Ren & Liu 2023), from losses with weight decay, augmented pairs or
   negatives. Their text was not at hand, so the forms here are derived.
 - Memories that learn online (:mod:`icl.online`): linear attention, the delta rule.
@@ -24,6 +24,13 @@ from icl.attention.momentum import (
     HeavyBallAttention,
     MomentumAttention,
 )
+from icl.attention.released import (
+    ReleasedMomentumAttention,
+    convolve_chunked,
+    convolve_fft,
+    convolve_recurrent,
+    ema_kernel,
+)
 from icl.attention.replace import (
     KINDS,
     AttentionKind,
@@ -31,10 +38,12 @@ from icl.attention.replace import (
     option,
     rates,
     replace_attention,
+    restore_attention,
 )
 
 __all__ = ["KINDS", "AttentionKind", "AugmentedAttention", "ConvolutionAttention"]
 __all__ += ["DeltaAttention", "DifferentialAttention", "HeavyBallAttention"]
 __all__ += ["LinearAttention", "MomentumAttention", "NegativeAttention"]
-__all__ += ["RegularisedAttention", "layerwise_momentum", "option", "rates"]
-__all__ += ["replace_attention"]
+__all__ += ["RegularisedAttention", "ReleasedMomentumAttention", "convolve_chunked"]
+__all__ += ["convolve_fft", "convolve_recurrent", "ema_kernel", "layerwise_momentum"]
+__all__ += ["option", "rates", "replace_attention", "restore_attention"]

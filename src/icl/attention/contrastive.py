@@ -3,9 +3,16 @@
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, pad
 
-from icl.attention.masks import causal_sdpa, relative_positions, repeat_kv, to_bool_mask
+from icl.attention.masks import (
+    causal_sdpa,
+    relative_positions,
+    repeat_kv,
+    to_bool_mask,
+    upcast,
+)
 from icl.attention.replace import AttentionKind, option
 
 _BLOCK = 64  # rows of scores that are held at a time
@@ -21,6 +28,10 @@ class _Contrastive(AttentionKind):
 
     demonstrations: int = option("number at the front, or 0", lambda n: n >= 0, 0)
     matched: bool = option("the control with the same sum of weights", default=False)
+
+    @property
+    def needs_all_keys(self):
+        return self.demonstrations > 0 or self.kind == "negative"
 
     def forward(self, query, key, value, mask, scaling=None, **options):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -133,7 +144,8 @@ class NegativeAttention(_Contrastive, kind="negative"):
         left = query if self.by == "scores" else key
         index, valid = _least_like(left, key, k, shown, mask)
         if self.matched:
-            pushed = value * (1 - self.beta * valid.any(-1, keepdim=True))
+            pushed = valid.any(-1, keepdim=True).to(value.dtype)
+            pushed = value * (1 - self.beta * pushed)
         else:
             share = valid.to(value.dtype) / valid.sum(-1, keepdim=True).clamp(min=1)
             pushed = value - self.beta * _MeanOf.apply(value, index, share)
@@ -247,6 +259,7 @@ class _LogNormaliser(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         query, key, total = ctx.saved_tensors
         of_query, of_key = torch.empty_like(query), torch.zeros_like(key)
@@ -288,7 +301,7 @@ def _least_like(left, key, k, shown, mask):
     indices, valid = [], []
     for start in range(0, length, _BLOCK):
         rows = slice(start, start + _BLOCK)
-        like = left[:, :, rows] @ key.mT
+        like = upcast(left[:, :, rows]) @ upcast(key).mT
         out = excluded(place, place[rows, None]) | ~allowed[:, :, rows]
         like, index = like.masked_fill_(out, torch.inf).topk(k, largest=False)
         indices.append(index)
@@ -308,6 +321,7 @@ class _MeanOf(torch.autograd.Function):
         return means
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         of_value = torch.zeros_like(gradient)
         for rows, weights in _blocks(*ctx.saved_tensors):

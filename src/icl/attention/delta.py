@@ -17,6 +17,8 @@ class _Memory(AttentionKind):
     decoding. Padding, before or behind, writes nothing; packed texts are refused.
     """
 
+    needs_all_keys = True
+
     beta: float | int = option("step, in [0, 2 (1 - momentum)]", default=1.0)
     decay: float | int = option("in (0, 1]", lambda decay: 0 < decay <= 1, default=1.0)
     momentum: float | int = option("in [0, 1)", lambda mu: 0 <= mu < 1, default=0.0)
@@ -47,7 +49,7 @@ class _Memory(AttentionKind):
         (heads, tokens), length = query.shape[1:3], key.shape[2]
         shares = self._shares()
         if self.learned:
-            gates = self.get_learned(module, "gate_weights")
+            gates = self.get_learned(module, "gate_weights").float()
             read = repeat_kv(key, heads).float() @ gates[..., :-1].mT
             read = (read + gates[:, None, :, -1]).sigmoid().clamp(1e-6, 1 - 1e-6)
             inside = [name for name, share in shares.items() if 0 < share < 1]

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import hardshrink, pad
 
 from icl.attention.masks import relative_positions, repeat_kv, to_float64, upcast
@@ -172,6 +173,7 @@ class _Sums(torch.autograd.Function):
         return _scan(x, decay, first)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         x, decay, first = ctx.saved_tensors
         of_decay = of_first = None

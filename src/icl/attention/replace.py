@@ -2,16 +2,18 @@
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from icl.activations import attention_modules
-from icl.attention.masks import Mask, causal_sdpa
+from icl.attention.masks import Mask, causal_sdpa, to_bool_mask
 
 #: The class of every kind of attention by its name.
 KINDS = {}
@@ -36,6 +38,7 @@ class AttentionKind:
     """
 
     applies_dropout = False  # in training, as a model's own attention does
+    needs_all_keys = False  # so that a sliding window is refused
 
     def __init_subclass__(cls, kind=None):
         dataclass(frozen=True, kw_only=True)(cls)
@@ -80,8 +83,8 @@ class AttentionKind:
         """What an attention module has learned under this name."""
         if not hasattr(module, name):
             raise ValueError(
-                f"this model has learned {name}, which is not loaded: call "
-                "icl.attention.replace_attention first, then load its weights"
+                f"this model has learned {name}, which is not loaded: load it by "
+                "icl.models.load_model, or call icl.attention.restore_attention"
             )
         return getattr(module, name)
 
@@ -125,13 +128,15 @@ def replace_attention(
     """Replace the attention of a model in place.
 
     Args:
-        model: a gpt2, opt, gpt_neox, llama or qwen. Its configuration keeps the options
-            as ``icl_attention``, so that it comes back with them when it is loaded,
-            unless it has learned parameters.
+        model: a gpt2, opt, gpt_neox, llama, qwen or gemma. Its configuration keeps the
+            options, so that a saved model comes back with its attention:
+            :func:`icl.models.load_model` loads what was learned too, and
+            ``from_pretrained`` refuses where :mod:`icl.attention` is not imported.
         kind: a name in ``KINDS``.
         learned: let every head learn its rates, of a kind that has some. They are
             parameters of the attention modules (``rate_logits``, ``gate_weights``,
-            ``convolution_weights``), marked ``no_weight_decay``.
+            ``convolution_weights``), marked ``no_weight_decay``, as all that is not a
+            matrix between hidden states.
         layers: numbers from 0 on of those to replace; default all.
         options: of the kind, see ``help(KINDS[kind])``.
 
@@ -158,7 +163,11 @@ def replace_attention(
     if not {*layers} <= {*range(len(modules))}:
         raise ValueError(f"layers are 0 to {len(modules) - 1}, not {layers}")
     chosen = {"kind": kind, "learned": learned, "layers": layers}
-    model.config.icl_attention = asdict(attention) | chosen
+    saved = {
+        n: v.tolist() if isinstance(v, Tensor) else v
+        for n, v in asdict(attention).items()
+    }
+    model.config.icl_attention = saved | chosen
     for layer, module in enumerate(modules):
         for name in module.__dict__.pop("icl_learned", ()):  # by the kind before
             delattr(module, name)
@@ -167,6 +176,29 @@ def replace_attention(
             setattr(module, name, part)
         module.icl_learned = [*parts]
     model.set_attn_implementation(f"icl_{kind}")
+    model.config.attn_implementation = f"icl_{kind}"  # what from_pretrained reads
+    return model
+
+
+def restore_attention(model: PreTrainedModel, folder) -> PreTrainedModel:
+    """Give a loaded model the attention that it was saved with, and what that learned.
+
+    Raises:
+        ValueError: learned parameters that no safetensors file of the folder holds.
+    """
+    if mu := getattr(model.config, "icl_layerwise", None):
+        layerwise_momentum(model, mu)
+    if not (saved := getattr(model.config, "icl_attention", None)):
+        return model
+    own = {*model.state_dict()}
+    replace_attention(model, **saved)
+    missing = {n: part for n, part in model.state_dict().items() if n not in own}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in missing.keys() & {*file.keys()}:
+                missing.pop(name).copy_(file.get_tensor(name))
+    if missing:
+        raise ValueError(f"{folder} has no weights {', '.join(missing)}")
     return model
 
 
@@ -189,7 +221,8 @@ def layerwise_momentum(model: PreTrainedModel, mu: float) -> list:
     """Nesterov's momentum from block to block, across layers and not tokens.
 
     A residual network moves its hidden state ``x_l`` by one step per block. Here block
-    l starts from ``x_l + μ (x_l - x_{l-1})``, μ in (0, 1).
+    l starts from ``x_l + μ (x_l - x_{l-1})``, μ in (0, 1). The configuration keeps μ;
+    a second call replaces the first.
 
     Returns:
         hooks on the blocks; ``remove()`` of each takes the momentum away again.
@@ -198,15 +231,32 @@ def layerwise_momentum(model: PreTrainedModel, mu: float) -> list:
         raise ValueError(f"mu must lie in (0, 1), not {mu}")
     modules = {*attention_modules(model)}
     blocks = [block for block in model.modules() if modules & {*block.children()}]
-    last = {}
+    for hook in model.__dict__.get("icl_layerwise", ()):
+        hook.remove()
+    model.config.icl_layerwise, last = mu, {}
+    model.icl_layerwise = [
+        block.register_forward_pre_hook(_Ahead(mu, n, len(blocks) - 1, last))
+        for n, block in enumerate(blocks)
+    ]
+    return model.icl_layerwise
 
-    def ahead(block, inputs):
+
+@dataclass
+class _Ahead:
+    """The hook of block ``n``; all blocks share ``last``, the state before."""
+
+    mu: float
+    n: int
+    final: int
+    last: dict
+
+    def __call__(self, block, inputs):
+        if block.training and getattr(block, "gradient_checkpointing", False):
+            raise ValueError("momentum from block to block bars gradient checkpointing")
         x, *rest = inputs
-        start = x if block is blocks[0] else x + mu * (x - last["x"])
-        last["x"] = x if block is not blocks[-1] else None
+        start = x if self.n == 0 else x + self.mu * (x - self.last["x"])
+        self.last["x"] = x if self.n < self.final else None
         return start, *rest
-
-    return [block.register_forward_pre_hook(ahead) for block in blocks]
 
 
 def softmax_attention(query, key, value, mask, scaling, module=None, **options):
@@ -221,11 +271,23 @@ def softmax_attention(query, key, value, mask, scaling, module=None, **options):
 def _attend(cls, module, query, key, value, attention_mask, **options):
     """The attention of a layer, as transformers calls it."""
     tokens, length = query.shape[2], key.shape[2]
-    if attention_mask is None and 1 < tokens < length:  # a static cache, yet empty
-        key, value = key[:, :, :tokens], value[:, :, :tokens]
+    end = length
+    if attention_mask is not None:  # a cache of fixed size ends behind the last query
+        own = to_bool_mask(attention_mask)[:, :, -1].flatten(0, 1).any(0)
+        end = int(own.nonzero().amax()) + 1 if tokens < length and own.any() else length
+        attention_mask = attention_mask[..., :end]
+    elif 1 < tokens < length:  # it is yet empty
+        end = tokens
+    key, value = key[:, :, :end], value[:, :, :end]
     kind, inputs = cls.from_config(module.config), (query, key, value, attention_mask)
+    module.config.attn_implementation = f"icl_{cls.kind}"  # saved, also if loaded
     if module.layer_idx not in module.config.icl_attention["layers"]:
         return sdpa_attention_forward(module, *inputs, **options)
+    window = getattr(module, "sliding_window", None)
+    if kind.needs_all_keys and window and end >= window:
+        raise ValueError(
+            f"{cls.kind} attention needs all keys, not a window of {window}"
+        )
     if options.get("dropout") and not cls.applies_dropout:
         raise ValueError(f"{cls.kind} attention has no dropout: set attention's to 0")
     return kind.forward(*inputs, module=module, **options).transpose(1, 2), None

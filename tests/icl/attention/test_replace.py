@@ -3,9 +3,12 @@
 import copy
 import itertools
 import json
+import subprocess
+import sys
 from dataclasses import fields
 from functools import lru_cache
 
+import jaxtyping
 import pytest
 import torch
 from conftest import TINY, assert_same_token_by_token, padded_left, tiny_model
@@ -19,6 +22,7 @@ from icl.attention import (
     option,
     rates,
     replace_attention,
+    restore_attention,
 )
 from icl.scoring import score
 from icl.tasks import token_counts
@@ -38,6 +42,11 @@ CASES = {
         dict(eta=0.7, reach=3, learned=True),
         dict(eta=0.7, reach=1, learned=True),
         dict(eta=0.7, reach=3),
+    ],
+    "released_momentum": [
+        dict(exponentials=2),
+        dict(),
+        dict(exponentials=1, current=False, positive=True),
     ],
     "regularised": [
         dict(alpha=0.6, demonstrations=6),
@@ -84,9 +93,10 @@ def own_logits(family):
     return tiny_model(family)(IDS).logits
 
 
-def replaced(family, kind, **options):
+def replaced(family, kind, sliding_window=64, **options):
     """A model in which what was learned has moved, in every head otherwise."""
-    model = tiny_model(family)
+    changes = {"sliding_window": sliding_window} if family == "gemma3_text" else {}
+    model = tiny_model(family, **changes)
     own = {name for name, _ in model.named_parameters()}
     replace_attention(model, kind, **options)
     torch.manual_seed(1)
@@ -98,6 +108,7 @@ def replaced(family, kind, **options):
 
 def learned_names(model):
     names = ("rate_logits", "convolution_weights", "gate_weights", "of_key", "of_value")
+    names += ("ema_logits", "ema_weights")
     return [n for n, _ in model.named_parameters() if any(name in n for name in names)]
 
 
@@ -111,14 +122,20 @@ def test_token_by_token_is_the_whole_pass(family, kind, case):
     assert_same_token_by_token(model, IDS, whole)
 
 
-WITH_RATES = ["momentum", "linear", "heavy_ball", "delta", "convolution"]
+def cases():
+    """Every case of every kind, each in one family."""
+    found = []
+    every = [(kind, case) for kind, cases in CASES.items() for case in cases]
+    for n, (kind, case) in enumerate(every):
+        family = FAMILIES[n % len(FAMILIES)]
+        name = f"{family}-{kind}-" + "-".join(map(str, case.values()))
+        found.append(pytest.param(family, kind, case, id=name))
+    return found
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"), list(zip(FAMILIES, WITH_RATES, strict=True))
-)
-def test_generation_behind_padding(family, kind):
-    model = replaced(family, kind, **CASES[kind][-1])
+@pytest.mark.parametrize(("family", "kind", "case"), cases())
+def test_generation_behind_padding(family, kind, case):
+    model = replaced(family, kind, **case)
     padded, mask = padded_left(IDS, 5)
     longer = dict(max_new_tokens=5, do_sample=False, pad_token_id=1)
     alone = model.generate(IDS, attention_mask=torch.ones_like(IDS), **longer)
@@ -126,14 +143,32 @@ def test_generation_behind_padding(family, kind):
     assert ahead[0, 5:].tolist() == alone[0].tolist()
 
 
-@pytest.mark.parametrize("kind", ["momentum", "heavy_ball", "convolution"])
-def test_a_cache_of_fixed_size(kind):
-    model = replaced("llama", kind, **CASES[kind][1])
+@pytest.mark.parametrize("cuts", [[8], [1, 5, 6, 7], [8, 9, 10, 11]])
+@pytest.mark.parametrize(("family", "kind", "case"), cases())
+def test_a_cache_of_fixed_size(family, kind, case, cuts):
+    model = replaced(family, kind, **case)
     whole = model(IDS).logits
     cache = StaticCache(config=model.config, max_cache_len=16)
-    first = model(IDS[:, :8], past_key_values=cache, use_cache=True).logits
-    second = model(IDS[:, 8:], past_key_values=cache, use_cache=True).logits
-    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    parts = IDS.tensor_split(cuts, 1)
+    found = [model(ids, past_key_values=cache, use_cache=True).logits for ids in parts]
+    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "kind", "case"), cases())
+def test_a_cache_of_fixed_size_behind_padding(family, kind, case):
+    model = replaced(family, kind, **case)
+    whole = model(IDS).logits
+    padded, mask = padded_left(IDS, 3)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    found = []
+    for first, last in [(0, 10), (10, 11), (11, 15)]:
+        seen = mask[:, :last]
+        position = (seen.cumsum(1) - 1).clamp(min=0)[:, first:]
+        options = {} if family == "opt" else {"position_ids": position}
+        options |= dict(past_key_values=cache, use_cache=True, attention_mask=seen)
+        found.append(model(padded[:, first:last], **options).logits)
+    found = torch.cat(found, 1)[:, 3:]
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -279,23 +314,113 @@ def test_other_layers_keep_their_own(family):
 # --- what is learned, and what is saved ------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("momentum", dict(eta=0.6)),
-        ("negative", dict(beta=0.6, k=2)),
-        ("delta", dict(beta=0.7, decay=0.95)),
-    ],
-)
-def test_a_saved_model_comes_back(kind, options, tmp_path):
-    model = replace_attention(tiny_model("llama"), kind, **options)
-    model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())["icl_attention"]
-    assert saved.items() >= {**options, "kind": kind, "learned": False}.items()
-    again = AutoModelForCausalLM.from_pretrained(
-        tmp_path, attn_implementation=f"icl_{kind}"
+@pytest.mark.parametrize(("family", "kind", "case"), cases())
+def test_a_saved_model_comes_back(family, kind, case, tmp_path):
+    model = replaced(family, kind, **case)
+    whole = model(IDS).logits
+    assert torch.equal(copy.deepcopy(model)(IDS).logits, whole)
+    for n in range(2):  # what came back can be saved again
+        folder = tmp_path / str(n)
+        model.save_pretrained(folder)
+        saved = json.loads((folder / "config.json").read_text())["icl_attention"]
+        assert saved.items() >= {"kind": kind, "learned": False, **case}.items()
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        if learned_names(restore_attention(copy.deepcopy(model), folder)):
+            with pytest.raises(ValueError, match="not loaded"):
+                model(IDS)
+            with pytest.raises(ValueError, match="no weights"):
+                restore_attention(copy.deepcopy(model), tmp_path)
+            restore_attention(model, folder)
+        torch.testing.assert_close(model(IDS).logits, whole)
+
+
+def test_without_the_package_a_saved_model_is_refused(tmp_path):
+    """Rather than to come back with softmax attention."""
+    replaced("llama", "negative", beta=0.5, k=2).save_pretrained(tmp_path)
+    load = "import transformers, sys; "
+    load += "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    run = subprocess.run(
+        [sys.executable, "-c", load, tmp_path], capture_output=True, text=True
     )
-    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert run.returncode == 1
+    assert "icl_negative" in run.stderr
+
+
+# --- every way to run a model -------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "kind", "case"), cases())
+def test_generation_by_beams_and_by_sampling(family, kind, case):
+    model = replaced(family, kind, **case)
+    longer = dict(max_new_tokens=5, pad_token_id=1, eos_token_id=None)
+    for how in (dict(num_beams=3, do_sample=False), dict(do_sample=True, top_k=5)):
+        found = []
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            found.append(model.generate(IDS, use_cache=use_cache, **how, **longer))
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("family", "kind", "case"), cases())
+def test_gradients_with_checkpointing(family, kind, case):
+    model = replaced(family, kind, **case).requires_grad_(True).train()
+    for module, name in itertools.product(
+        model.modules(), ("p", "dropout", "attention_dropout")
+    ):
+        if isinstance(getattr(module, name, None), float):
+            setattr(module, name, 0.0)
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters()})
+        model.activation_checkpointing_enable()
+    for name, gradient in found[0].items():
+        assert (gradient is None) == (found[1][name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(found[1][name], gradient)
+
+
+@pytest.mark.parametrize(("family", "kind", "case"), cases())
+def test_half_precision(family, kind, case):
+    """A layer's output is that of the same numbers in full precision, rounded."""
+    module = attention_modules(replaced(family, kind, **case))[1].to(torch.bfloat16)
+    attend = KINDS[kind].from_config(module.config)
+    torch.manual_seed(2)
+    q, k, v = torch.randn(3, 2, 4, 12, 8, dtype=torch.bfloat16)
+    share = getattr(module, "num_key_value_groups", 1)
+    k, v = k[:, ::share], v[:, ::share]
+    found = attend.forward(q, k, v, None, module=module)
+    assert found.dtype == torch.bfloat16
+    wide = [x.float() for x in (q, k, v)]
+    expected = attend.forward(*wide, None, module=module.float())
+    off = 0.1 if kind == "augmented" else 0.03  # its views are in half precision too
+    torch.testing.assert_close(found.float(), expected, rtol=off, atol=off)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # by the compiler
+@pytest.mark.parametrize("kind", CASES)
+def test_compiled(kind):
+    model = replaced("llama", kind, **CASES[kind][0])
+    whole = model(IDS).logits
+    compiled = torch.compile(model, backend="eager")
+    jaxtyping.config.update("jaxtyping_disable", True)  # it cannot be traced
+    try:
+        torch.testing.assert_close(compiled(IDS).logits, whole)
+        assert_same_token_by_token(compiled, IDS, whole)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(("kind", "case"), [(k, c) for k in CASES for c in CASES[k]])
+def test_a_window_is_kept_or_refused(kind, case):
+    """Behind a sliding window of 6, decoding is the whole pass."""
+    model = replaced("gemma3_text", kind, **case, sliding_window=6)
+    if kind in ("negative", "linear", "delta") or case.get("demonstrations"):
+        with pytest.raises(ValueError, match="window"):
+            model(IDS)
+    else:
+        assert_same_token_by_token(model, IDS, model(IDS).logits)
 
 
 def test_options_that_are_not_set_are_missed():
@@ -490,3 +615,20 @@ def test_layerwise_momentum_looks_ahead():
     torch.testing.assert_close(found, model.lm_head(body.norm(x)))
     with pytest.raises(ValueError, match="mu"):
         layerwise_momentum(model, 1.0)
+
+
+def test_layerwise_momentum_once(tmp_path):
+    model = tiny_model("llama")
+    layerwise_momentum(model, 0.7)
+    layerwise_momentum(model, 0.4)
+    once = tiny_model("llama")
+    layerwise_momentum(once, 0.4)
+    whole = once(IDS).logits
+    assert torch.equal(model(IDS).logits, whole)
+    assert torch.equal(copy.deepcopy(model)(IDS).logits, whole)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(restore_attention(again, tmp_path)(IDS).logits, whole)
+    model.train().activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="checkpointing"):
+        model(IDS)
