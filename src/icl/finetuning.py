@@ -219,7 +219,7 @@ def heads_on_frozen_inputs(
         model, update: from :func:`icl.models.load_model` and :func:`kv_sgd`.
         ids, start: as for :func:`icl.activations.capture_qkv`.
     """
-    calls, cache = [], DynamicCache(config=model.config)
+    calls, cache = [], DynamicCache()
 
     def keep(module, args, options):
         calls.append((module, args, options))
