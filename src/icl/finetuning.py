@@ -86,8 +86,8 @@ def kv_sgd(
         of each text before its own step (summed over blocks if layer-causal).
 
     Raises:
-        ValueError: no texts, a text longer than the context, a learning rate of
-            zero, or an architecture that is not covered.
+        ValueError: no texts, one of less than two tokens or more than the context, a
+            learning rate of zero, or an architecture that is not covered.
         FloatingPointError: the loss is no longer finite.
     """
     if not abs(learning_rate) > 0:
