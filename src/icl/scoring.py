@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 PACK_TOKENS = 384  # tokens in a row on a CPU: attention grows with its square
 _PACK_TOKENS_CUDA = 2048  # on a GPU, which a short row does not fill
-_ATTENTION = DynamicLayer, DynamicSlidingWindowLayer  # layers that a mask governs
+_ATTENTION = {DynamicLayer, DynamicSlidingWindowLayer}  # layers that obey a mask
 TRUNK = -1  # the branch of a query's own tokens
 
 
@@ -113,11 +113,9 @@ class Packing:
         texts = queries, label_words, demonstrations, blank
         self.model = model
         prefix, queries, self.labels = _encode(tokenizer, *texts)
-        _check_length(
-            model.config, len(prefix), queries, max(map(len, self.labels)) - 1
-        )
         self.shown, self._keys_values = len(prefix), []
         self._prefix, self._queries = _share(prefix, queries)
+        self._check_length(max(map(len, self.labels)) - 1)
         self._known = facts(model)
 
     def __len__(self):
@@ -134,8 +132,7 @@ class Packing:
             PackingError: the model does not take packed rows.
         """
         if whole is not None:
-            longest = len(self.labels[whole])
-            _check_length(self.model.config, len(self._prefix), self._queries, longest)
+            self._check_length(len(self.labels[whole]))
         self._read_prefix()
         on_cuda = self.model.device.type == "cuda"
         limit = _PACK_TOKENS_CUDA if on_cuda else PACK_TOKENS
@@ -151,12 +148,22 @@ class Packing:
             used += size
         yield self._lay_out(pack, whole)
 
+    def _check_length(self, label):
+        context = context_length(self.model.config)
+        shared, longest = len(self._prefix), max(map(len, self._queries)) + label
+        if context is not None and shared + longest > context:
+            longest += shared - self.shown
+            raise ValueError(
+                f"the prompt is too long: {self.shown} tokens of demonstrations and "
+                f"{longest} of the longest query with its label, but the model holds "
+                f"{context}; give fewer demonstrations (prompt_prefix(..., "
+                "context=...) says how many fit)"
+            )
+
     def _read_prefix(self):
-        if "not packed" in self._known:
-            raise self._refusal()
         with self._refusing():
             layers = DynamicCache(config=self.model.config).layers
-            if any(type(layer) not in _ATTENTION for layer in layers):
+            if "not packed" in self._known or {*map(type, layers)} - _ATTENTION:
                 raise self._refusal()
             if self._prefix and not self._keys_values:
                 cache = DynamicCache()
@@ -168,18 +175,16 @@ class Packing:
         self._known["not packed"] = True
         return PackingError(
             f"{type(self.model).__name__} computes packed prompts otherwise than each "
-            "alone, so what its attention does cannot be recorded; covered are models "
-            "in which every layer is plain causal attention"
+            "alone, so its attention cannot be recorded"
         )
 
     @contextmanager
     def _refusing(self):
-        """Turn whatever a model does not take into a PackingError."""
         try:
             yield
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:
+        except Exception as error:  # of whatever the model does not take
             raise self._refusal() from error
 
     def _lay_out(self, numbers, whole):
@@ -204,8 +209,10 @@ class Packing:
 
     def run(self, row: Row) -> tuple[Float[Tensor, "S V"], DynamicCache]:
         """One forward pass: log-probabilities at the row's stops, and the cache."""
-        model, cache = self.model, self._cache()
+        model, cache = self.model, DynamicCache()
         with self._refusing():
+            for layer, (keys, values) in enumerate(self._keys_values):
+                cache.update(keys, values, layer)
             mask = _mask(row, cache.get_seq_length(), model.dtype)
             logits = model(
                 row.ids[None].to(model.device),
@@ -221,7 +228,7 @@ class Packing:
         return _log_softmax(logits), cache
 
     def check(self, row: Row, log_p: Float[Tensor, "S V"]) -> None:
-        """Compare two queries of a row, far from the prefix, with their prompts alone.
+        """Compare a row's last query with its prompt alone, from scratch.
 
         Rows of a kind (with or without a prefix, neighbours and branches) are not
         compared again unless they are longer by a quarter.
@@ -229,24 +236,15 @@ class Packing:
         Raises:
             PackingError: they differ by more than rounding.
         """
-        longest = max(range(len(self.labels)), key=lambda c: len(self.labels[c]))
-        label, length = self.labels[longest], len(self._prefix) + len(row.ids)
+        label, (last, inner) = max(self.labels, key=len), row.slots[-1]
+        stops = [last, *inner[self.labels.index(label)]]
         kind = bool(self._prefix), len(row.numbers) > 1, len(label) > 1
+        length = len(self._prefix) + len(row.ids)
         if length <= 1.25 * self._known.get(kind, 0) or not log_p.isfinite().any():
             return  # label_scores says what is not finite
-        size = max(len(self._queries[n]) for n in row.numbers)
-        ends = [row.stops[last] for last, _ in row.slots]
-        # a window made in the model hides the prefix: from a short query too, or late
-        far = next(i for i, end in enumerate(ends) if end + 1 >= size)
-        for i in {far, len(ends) - 1}:
-            ids = self._queries[row.numbers[i]] + label[:-1]
-            if i == far or not self._prefix:
-                alone = self._alone(self._prefix + ids, len(label))
-            else:
-                alone = self._alone(ids, len(label), self._cache())
-            last, inner = row.slots[i]
-            if not agree(log_p[[last, *inner[longest]]], alone, self.model.dtype):
-                raise self._refusal()
+        ids = self._prefix + self._queries[row.numbers[-1]] + label[:-1]
+        if not agree(log_p[stops], self._alone(ids, len(label)), self.model.dtype):
+            raise self._refusal()
         self._known[kind] = length
 
     def score_alone(self) -> Float[np.ndarray, "N C"]:
@@ -256,19 +254,16 @@ class Packing:
             ValueError: the model is not causal.
         """
         if "alone" not in self._known:
-            ids = ((self._prefix + self._queries[0]) + self.labels[0])[:32]
+            name, ids = type(self.model).__name__, self._prefix + self._queries[0]
+            ids = (ids + self.labels[0])[:32]
             short, whole = self._alone(ids[:-1], 1), self._alone(ids, 2)[:1]
-            name = type(self.model).__name__
             if not agree(short, whole, self.model.dtype):
                 raise ValueError(
-                    f"{name} is not causal: later tokens change its prediction of "
-                    "earlier ones, so a label word has no log-probability; choose a "
-                    "causal language model"
+                    f"{name} is not causal: what follows a token changes the "
+                    "prediction after it; choose a causal language model"
                 )
             logging.getLogger(__name__).warning(
-                "%s scores packed prompts otherwise than each alone, so each is "
-                "computed by itself, which is slower",
-                name,
+                "%s scores packed prompts wrong: each is computed alone, slower", name
             )
             self._known["alone"] = True
         scores = np.empty((len(self), len(self.labels)))
@@ -282,20 +277,13 @@ class Packing:
                 scores[n, c] = passes[inner][range(len(label)), label].mean()
         return self._finite(scores)
 
-    def _alone(self, ids, last, cache=None):
-        """Log-probabilities after each of the last tokens of a text, without a mask."""
+    def _alone(self, ids, last):
+        """Log-probabilities after each of the last tokens of a prompt by itself."""
         takes = inspect.signature(self.model.forward).parameters
         options = {"logits_to_keep": last} if "logits_to_keep" in takes else {}
-        options |= {"past_key_values": cache} if cache is not None else {}
         ids = torch.tensor([ids], device=self.model.device)
-        logits = self.model(ids, use_cache=cache is not None, **options).logits[0]
+        logits = self.model(ids, use_cache=False, **options).logits[0]
         return _log_softmax(logits[-last:])
-
-    def _cache(self):
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(self._keys_values):
-            cache.update(keys, values, layer)
-        return cache
 
     def label_scores(
         self, row: Row, log_p: Float[Tensor, "S V"]
@@ -306,17 +294,14 @@ class Packing:
             FloatingPointError: one is not finite.
         """
         log_p = log_p.numpy()
-        return self._finite(
-            np.array(
-                [
-                    [
-                        log_p[[last, *places], label].mean()
-                        for label, places in zip(self.labels, inner, strict=True)
-                    ]
-                    for last, inner in row.slots
-                ]
-            )
-        )
+        scores = [
+            [
+                log_p[[last, *places], label].mean()
+                for label, places in zip(self.labels, inner, strict=True)
+            ]
+            for last, inner in row.slots
+        ]
+        return self._finite(np.array(scores))
 
     def _finite(self, scores):
         if not np.isfinite(scores).all():
@@ -352,35 +337,34 @@ def encode(tokenizer, what: str, texts) -> list[list[int]]:
     """Token ids of texts, without tokens that the tokenizer would add.
 
     Raises:
-        ValueError: a str in place of a list, or a text that is no str or has no token.
+        ValueError: no texts, a str in place of a list, a text without tokens.
     """
-    texts = list(texts) if not isinstance(texts, str) and texts is not None else texts
-    if not texts or not isinstance(texts, list):
+    given = [] if texts is None or isinstance(texts, str) else [*texts]
+    if not given:
         raise ValueError(f"{what}: a list of texts is needed, not {texts!r}")
-    for n, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{what} {n} is not a str: {text!r}")
-    found = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    for n, (text, ids) in enumerate(zip(texts, found, strict=True)):
-        if not text.strip() or not ids:
-            raise ValueError(f"{what} {n} is empty, or has no tokens: {text!r}")
+    for n, text in enumerate(given):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{what} {n} is empty or no str: {text!r}")
+    found = tokenizer(given, add_special_tokens=False)["input_ids"]
+    if [] in found:
+        n = found.index([])
+        raise ValueError(f"{what} {n} has no tokens in this tokenizer: {given[n]!r}")
     return found
 
 
 def _encode(tokenizer, queries, label_words, demonstrations, blank):
     queries = encode(tokenizer, "query", queries)
     encode(tokenizer, "label word", label_words)
-    words = [blank + word for word in label_words]
-    labels = encode(tokenizer, "label word", words)
+    labels = encode(tokenizer, "label word", [blank + word for word in label_words])
     for n, ids in enumerate(labels):
         if ids in labels[:n]:
-            one, two = words[labels.index(ids)], words[n]
             raise ValueError(
-                f"label words {one!r} and {two!r} are the same tokens "
+                f"label words {label_words[labels.index(ids)]!r} and "
+                f"{label_words[n]!r} are the same tokens, "
                 f"{tokenizer.convert_ids_to_tokens(ids)}; choose words that differ"
             )
-    shown = [demonstrations] if demonstrations else []
-    return sum(shown and encode(tokenizer, "demonstration", shown), []), queries, labels
+    shown = encode(tokenizer, "prefix", [demonstrations]) if demonstrations else [[]]
+    return shown[0], queries, labels
 
 
 def context_length(config) -> int | None:
@@ -389,17 +373,6 @@ def context_length(config) -> int | None:
     if getattr(config, "use_sliding_window", True):
         windows.append(getattr(config, "sliding_window", None))
     return min((w for w in windows if w and w > 0), default=None)
-
-
-def _check_length(config, prefix, queries, label):
-    context, longest = context_length(config), max(map(len, queries)) + label
-    if context is not None and prefix + longest > context:
-        raise ValueError(
-            f"the prompt is too long: {prefix} tokens of demonstrations and "
-            f"{longest} of the longest query with its label, but the model holds "
-            f"{context}; give fewer demonstrations (prompt_prefix(..., "
-            "context=...) says how many fit)"
-        )
 
 
 def _share(prefix, queries):

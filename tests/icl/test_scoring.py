@@ -79,7 +79,7 @@ def test_demonstrations_matter(model, tokenizer):
 
 
 def test_each_token_is_computed_once(tokenizer, monkeypatch):
-    """But for the first call, in which two queries are computed alone too."""
+    """But for the first call, in which a query is computed alone too."""
     model = tiny_model("llama")
     score(model, tokenizer, QUERIES, LABELS, PREFIX)
     seen = []
@@ -105,7 +105,7 @@ def test_label_words_that_share_tokens(tokenizer):
     got = score(model, tokenizer, QUERIES, words, PREFIX)
     want = one_by_one(model, tokenizer, QUERIES, words, PREFIX)
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match=r"' Odd' and ' Even'.*\[UNK\]"):
+    with pytest.raises(ValueError, match=r"'Odd' and 'Even'.*\[UNK\]"):
         score(model, tokenizer, QUERIES, ["Odd", "good", "Even"])
 
 
