@@ -24,7 +24,7 @@ SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4)
 SIZES |= dict(num_attention_heads=4, max_position_embeddings=256)
 PLAIN = SIZES | dict(num_key_value_heads=2)
 HEADS = PLAIN | dict(head_dim=8)
-WINDOW = HEADS | dict(sliding_window=128)
+WINDOW = HEADS | dict(sliding_window=40)  # longer than a prompt, not than a row
 EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2)
 EXPERTS |= dict(moe_intermediate_size=32, shared_expert_intermediate_size=32)
 LINEAR = HEADS | dict(linear_num_key_heads=2, linear_num_value_heads=2)
