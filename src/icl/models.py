@@ -103,13 +103,9 @@ def _read(name, dtype, **options):
             model, report = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, **found, **options
             )
-            wrong = {*report["missing_keys"]} | {
-                k for k, *_ in report["mismatched_keys"]
-            }
-            if wrong:
-                raise ValueError(
-                    f"no weights of this shape: {', '.join(sorted(wrong))}"
-                )
+            misfits = [key for key, *_ in report["mismatched_keys"]]
+            if wrong := sorted([*report["missing_keys"], *misfits]):
+                raise ValueError(f"no weights of this shape: {', '.join(wrong)}")
             rows = len(model.get_input_embeddings().weight)
             vocabulary = tokenizer.get_vocab() if len(tokenizer) > rows else {}
             vocabulary.pop(tokenizer.pad_token, None)

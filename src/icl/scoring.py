@@ -5,7 +5,7 @@ Its keys and values are computed once; the queries follow it packed side by side
 in one row, each at the positions it would have alone, under a mask that lets a
 query see the prefix and itself. Where a label word has several tokens, the
 labels branch off their query in the same row. A model whose layers do not obey such
-a mask gets every prompt by itself (:class:`PackingError`).
+a mask gets every prompt by itself.
 """
 
 import inspect
@@ -31,7 +31,7 @@ TRUNK = -1  # the branch of a query's own tokens
 _found = WeakKeyDictionary()  # model → what has been found out about it
 
 
-class PackingError(ValueError):
+class _PackingError(ValueError):
     """A model whose scores in a packed row are not those of each prompt alone."""
 
 
@@ -67,7 +67,7 @@ def score(
             log_p, _ = packing.run(row)
             packing.check(row, log_p)
             scores[row.numbers] = packing.label_scores(row, log_p)
-    except PackingError:
+    except _PackingError:
         return packing.score_alone()
     return scores
 
@@ -129,7 +129,7 @@ class Packing:
                 none, since a last token is only predicted.
 
         Raises:
-            PackingError: the model does not take packed rows.
+            ValueError: the model does not take packed rows.
         """
         if whole is not None:
             self._check_length(len(self.labels[whole]))
@@ -173,7 +173,7 @@ class Packing:
 
     def _refusal(self):
         self._known["not packed"] = True
-        return PackingError(
+        return _PackingError(
             f"{type(self.model).__name__} computes packed prompts otherwise than each "
             "alone, so its attention cannot be recorded"
         )
@@ -234,7 +234,7 @@ class Packing:
         compared again unless they are longer by a quarter.
 
         Raises:
-            PackingError: they differ by more than rounding.
+            ValueError: they differ by more than rounding.
         """
         label, (last, inner) = max(self.labels, key=len), row.slots[-1]
         stops = [last, *inner[self.labels.index(label)]]

@@ -294,16 +294,12 @@ def data_folder() -> Path | None:
 
 def _read_jsonl(path, spec):
     if not path.is_file() or not path.stat().st_size:
-        raise ValueError(
-            f"{path} is missing or empty; a task needs train and evaluation files"
-        )
+        raise ValueError(f"{path} is missing or empty; a task needs two such files")
     examples = []
     lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).rstrip().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            example = json.loads(
-                line.decode(), object_pairs_hook=_unique, parse_constant=_unique
-            )
+            example = json.loads(line.decode(), **_STRICT)
             problem = _problem(example, spec.template, len(spec.label_words))
         except UnicodeDecodeError as error:
             problem = f"not UTF-8 ({error}); save the file in UTF-8"
@@ -320,6 +316,9 @@ def _unique(found):
     if isinstance(found, str) or len(dict(found)) < len(found):
         raise ValueError(f"a key that is there twice, or no number: {found}")
     return dict(found)
+
+
+_STRICT = {"object_pairs_hook": _unique, "parse_constant": _unique}
 
 
 def _stripped(example):

@@ -92,6 +92,7 @@ def test_a_label_word_that_does_not_fit(eager, tokenizer, tmp_path):
 def test_heads_that_are_not_the_models_own():
     """Queries before the rotary embedding would not give its attention weights."""
     model = tiny_model("llama")
+    model.set_attn_implementation("eager")
     model._supports_attention_backend = False  # so that projections are read
     with pytest.raises(ValueError, match="LlamaForCausalLM"):
         capture_qkv(model, IDS)
