@@ -173,9 +173,10 @@ class Packing:
 
     def _refusal(self):
         self._known["not packed"] = True
+        name, dtype = type(self.model).__name__, self.model.dtype
         return _PackingError(
-            f"{type(self.model).__name__} computes packed prompts otherwise than each "
-            "alone, so its attention cannot be recorded"
+            f"{name} in {dtype} computes packed prompts otherwise than each alone, so "
+            "its attention cannot be recorded"
         )
 
     @contextmanager
@@ -256,8 +257,10 @@ class Packing:
         if "alone" not in self._known:
             name, ids = type(self.model).__name__, self._prefix + self._queries[0]
             ids = (ids + self.labels[0])[:32]
-            short, whole = self._alone(ids[:-1], 1), self._alone(ids, 2)[:1]
-            if not agree(short, whole, self.model.dtype):
+            half, vocabulary = len(ids) // 2, self.model.config.vocab_size
+            other = ids[:half] + [(t + 1) % vocabulary for t in ids[half:]]
+            one, two = (self._alone(x, len(ids) - half + 1)[:1] for x in (ids, other))
+            if not agree(one, two, torch.float32):  # of one shape: hardly any rounding
                 raise ValueError(
                     f"{name} is not causal: what follows a token changes the "
                     "prediction after it; choose a causal language model"

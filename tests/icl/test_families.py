@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from icl.activations import capture_qkv, read_recording, record
 from icl.finetuning import kv_projections
-from icl.scoring import score
+from icl.scoring import facts, score
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4)
 SIZES |= dict(num_attention_heads=4, max_position_embeddings=256)
@@ -129,6 +129,25 @@ def test_family(family, tokenizer, tmp_path, caplog):
     assert slower == (kind == SLOWER)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_in_half_precision(family, tokenizer, tmp_path):
+    """Rounding is not taken for a difference, nor a difference for rounding."""
+    kind, sizes = FAMILIES[family]
+    model = tiny_model(family, **sizes).to(torch.bfloat16)
+    asked = model, tokenizer, QUERIES, LABELS, PREFIX
+    if kind == REFUSED:
+        with pytest.raises(ValueError, match="not causal"):
+            score(*asked)
+        return
+    score(*asked)
+    assert ("not packed" in facts(model)) == (kind == SLOWER)
+    if kind == RECORDED:
+        record(*asked, folder=tmp_path / "run")
+    else:
+        with pytest.raises(ValueError, match=type(model).__name__):
+            record(*asked, folder=tmp_path / "run")
+
+
 def test_the_table_of_the_book_is_this_list():
     page = Path(__file__).parents[2] / "book" / "running.md"
     rows = re.findall(r"^\| (.+?) \| (`.+?`) \|$", page.read_text(), re.M)
@@ -157,7 +176,7 @@ class Means(transformers.PreTrainedModel):
         x = torch.tanh(self.rows[input_ids])
         n = torch.arange(1.0, x.shape[1] + 1)[:, None]
         mean = x.mean(1, keepdim=True) if self.ahead else x.cumsum(1) / n
-        return CausalLMOutput(logits=4 * (x + mean) @ self.out.T)
+        return CausalLMOutput(logits=4 * (x + mean).to(x.dtype) @ self.out.T)
 
 
 class MeansAhead(Means):
