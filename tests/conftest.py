@@ -89,7 +89,7 @@ def word_tokenizer():
 def tiny_model(family, **changes):
     """A random model of a family, large enough weights to tell tokens apart."""
     torch.manual_seed(0)
-    options = TINY[family] | dict(
+    options = TINY.get(family, {}) | dict(
         vocab_size=len(WORDS) + 3, bos_token_id=0, eos_token_id=1, pad_token_id=1
     )
     config = transformers.AutoConfig.for_model(family, **(options | changes))

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from icl.scoring import TRUNK, Packing
+from icl.scoring import TRUNK, Packing, agree, context_length, facts
 
 #: The families whose attention can be reached.
 FAMILIES = "gpt2, opt, xglm, gpt_neox, llama and qwen"
@@ -69,30 +69,38 @@ def capture_qkv(
         the heads of each layer, in the model's dtype.
 
     Raises:
-        ValueError: the model's attention cannot be reached.
+        ValueError: the model's attention cannot be reached, or the tokens are more
+            than it holds.
     """
     ids = torch.as_tensor(ids, device=model.device)
-    cache = DynamicCache(config=model.config)
+    with capture_queries(model) as queries:
+        cache, _ = _read(model, ids, prefix, start)
+    return from_cache(queries, cache)
+
+
+def _read(model, ids, prefix=(), start=None):
+    cache = DynamicCache()
     heads = model.config.num_attention_heads
     group = heads // (getattr(model.config, "num_key_value_heads", None) or heads)
     for layer, (_, key, value) in enumerate(prefix):
         cache.update(key[None, ::group], value[None, ::group], layer)
     length = cache.get_seq_length()
     start = length if start is None else start
+    end, context = max(start, length) + len(ids), context_length(model.config)
+    if context is not None and end > context:
+        raise ValueError(f"{end} tokens are too many: the model holds {context}")
     ahead = torch.ones(len(ids), length + len(ids), dtype=torch.bool).triu(length + 1)
     mask = torch.zeros(ahead.shape, dtype=model.dtype)
     mask.masked_fill_(ahead, torch.finfo(model.dtype).min)
-    with capture_queries(model) as queries:
-        model(
-            ids[None],
-            position_ids=torch.arange(start, start + len(ids), device=ids.device)[None],
-            attention_mask=mask[None, None].to(model.device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    _check_captured(model, cache, queries)
-    return from_cache(queries, cache)
+    logits = model(
+        ids[None],
+        position_ids=torch.arange(start, start + len(ids), device=ids.device)[None],
+        attention_mask=mask[None, None].to(model.device),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[0, -1:]
+    return cache, logits
 
 
 def from_cache(queries: list[Float[Tensor, "H T d_h"]], cache) -> list[Heads]:
@@ -107,13 +115,57 @@ def from_cache(queries: list[Float[Tensor, "H T d_h"]], cache) -> list[Heads]:
     ]
 
 
-@contextmanager
 def capture_queries(model):
     """A list that collects the attention queries of every layer that runs.
 
     One ``(H, T, d_h)`` per layer and forward pass of one sequence, after position
     embeddings and with the factor ``1/√d_h``.
+
+    Raises:
+        ValueError: what is collected does not give the model's own attention weights
+            and prediction of a few tokens (compared once).
     """
+    known = facts(model)
+    if "heads" not in known:
+        known["heads"] = _has_heads(model)
+    if not known["heads"]:
+        raise ValueError(
+            f"the attention of {type(model).__name__} cannot be reached, or is more "
+            f"than a softmax of queries times keys; covered are {FAMILIES}"
+        )
+    return _capturing(model)
+
+
+@torch.no_grad()  # what a model keeps of inference mode could not be trained
+def _has_heads(model):
+    ids = torch.arange(16, device=model.device) * 7 % model.config.vocab_size
+    usual = getattr(model.config, "_attn_implementation", None)
+    try:
+        with _capturing(model) as queries:
+            cache, logits = _read(model, ids)
+        own = model(ids[None], use_cache=False).logits[0, -1:]
+        if model._supports_attention_backend:
+            model.set_attn_implementation("eager")
+        weights = model(ids[None], output_attentions=True).attentions
+        heads = from_cache(queries, cache)
+        pairs = [[x.float().log_softmax(-1) for x in (logits, own)]]
+        for each, weight in zip(heads, weights, strict=True):
+            scores = (each.query @ each.key.mT).float()
+            future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+            found = scores.masked_fill(future, -torch.inf).softmax(-1)
+            pairs.append([found.flatten(1), weight[0].float().flatten(1)])
+        return all(agree(*pair, model.dtype) for pair in pairs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # of whatever the model does not take
+        return False
+    finally:
+        if model._supports_attention_backend:
+            model.set_attn_implementation(usual)
+
+
+@contextmanager
+def _capturing(model):
     collected = []
 
     def attend(module, query, key, value, attention_mask, scaling=None, **options):
@@ -170,14 +222,6 @@ def stack_layers(layers: list[Heads]) -> Heads:
     return Heads(*(torch.stack(part) for part in zip(*layers, strict=True)))
 
 
-def _check_captured(model, cache, *lists):
-    if any(len(found) != len(cache.layers) for found in lists):
-        raise ValueError(
-            f"the attention of {type(model).__name__} cannot be reached; covered are "
-            f"{FAMILIES}"
-        )
-
-
 class Recording(NamedTuple):
     """What :func:`record` has kept of N queries, in their order.
 
@@ -214,11 +258,12 @@ def record(
     folder,
     positions=("prompt",),
     attended=100,
+    blank=" ",
 ) -> None:
     """Score queries and keep what attention did at one or two of their tokens.
 
     Args:
-        model, tokenizer, queries, label_words, demonstrations: as for
+        model, tokenizer, queries, label_words, demonstrations, blank: as for
             :func:`icl.scoring.score`.
         folder: where to write, for :func:`read_recording`; it appears when the last
             row has run, so a killed run leaves none.
@@ -238,7 +283,7 @@ def record(
         )
     if folder.exists():
         raise ValueError(f"the folder {folder} exists; delete it or name another")
-    packing = Packing(model, tokenizer, queries, label_words, demonstrations)
+    packing = Packing(model, tokenizer, queries, label_words, demonstrations, blank)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
@@ -278,7 +323,9 @@ def _record_row(packing, row, positions, attended):
     model = packing.model
     with capture_queries(model) as queries, capture_outputs(model) as outputs:
         log_p, cache = packing.run(row)
-    _check_captured(model, cache, queries, outputs)
+    if not len(queries) == len(outputs) == len(cache.layers):
+        raise ValueError(f"not every layer of {type(model).__name__} has attention")
+    packing.check(row, log_p)
     after_prompt = log_p[[last for last, _ in row.slots]]
     best, tokens = after_prompt.topk(min(_LIKELIEST, log_p.shape[-1]))
     n = np.array(row.numbers)

@@ -134,12 +134,13 @@ def ask_hub(kind: str, repository: str) -> str:
         repository: the hub id.
 
     Returns:
-        ``"there"``, ``"missing"`` or ``"unreachable"`` (offline mode too).
+        ``"there"``, ``"unreachable"`` (offline mode too), or why the hub refuses.
     """
     try:
         huggingface_hub.HfApi().repo_info(repository, repo_type=kind, timeout=10)
-    except huggingface_hub.errors.RepositoryNotFoundError:
-        return "missing"
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        words = " ".join(str(error).split())
+        return f"the hub says {words!r}; a private one needs a token (HF_TOKEN)"
     except Exception:  # whatever the HTTP client of the day raises
         return "unreachable"
     return "there"

@@ -7,6 +7,7 @@ itself, as in the paper (appendix B), so every run is kept: the picked one is to
 be seen among the others.
 """
 
+import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ SEEDS = tuple(range(1, 8))
 DEMONSTRATIONS = dict.fromkeys(PAPER_TASKS, 32) | {"agnews": 22, "cb": 19}
 #: Ends of a demonstration, a line break or as in the original code.
 SEPARATORS = {"newline": "\n", "eos": "eos"}
+_DIGITS = string.digits + string.ascii_lowercase
 _TOP = 100  # tokens that top recall counts, or all if there are fewer
 LEARNING_RATES = tuple(m * s / 1e4 for s in (1, 10, 100, 1000) for m in range(1, 10))
 
@@ -59,13 +61,15 @@ class Evaluator:
 
     def score(self, examples=()) -> Float[np.ndarray, "N C"]:
         """:func:`icl.scoring.score` behind demonstrations."""
-        return score(*self._prompts(), self.prefix(examples))
+        prefix = self.prefix(examples)
+        return score(*self._prompts(), prefix, blank=self.task.blank)
 
     def record(
         self, folder, examples=(), positions=POSITIONS, attended=100
     ) -> dict[str, Recording]:
         """:func:`icl.activations.record` behind demonstrations."""
         options = {"folder": folder, "positions": positions, "attended": attended}
+        options["blank"] = self.task.blank
         record(*self._prompts(), self.prefix(examples), **options)
         return read_recording(folder)
 
@@ -122,12 +126,15 @@ def run_scores(
 def encode_predictions(scores: Float[np.ndarray, "N C"] | None) -> dict[str, str]:
     """Predicted label ids as digits, ``predictions`` and batch-``calibrated`` ones.
 
-    They are the columns of the tables, empty for ``None``.
+    They are the columns of the tables, empty for ``None``. From the eleventh label on
+    the digits are letters, ``a`` to ``z``.
     """
     if scores is None:
         return {"predictions": "", "calibrated": ""}
+    if scores.shape[1] > len(_DIGITS):
+        raise ValueError(f"{scores.shape[1]} labels; there are {len(_DIGITS)} digits")
     both = {"predictions": scores, "calibrated": metrics.calibrated(scores)}
-    return {name: "".join(map(str, s.argmax(1))) for name, s in both.items()}
+    return {name: "".join(_DIGITS[i] for i in s.argmax(1)) for name, s in both.items()}
 
 
 def make_predictor(evaluator: Evaluator, k=32) -> Callable:

@@ -77,7 +77,13 @@ def _read(name):
             f"no text {name}: {where}. ICL_DATA names a folder that holds it; the "
             "corpus 'reviews' needs none"
         )
-    return (folder / name).read_text(encoding="utf-8")
+    try:
+        text = (folder / name).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder / name} is not UTF-8 ({error})") from error
+    if not text.strip():
+        raise ValueError(f"{folder / name} is empty")
+    return text
 
 
 def _reviews():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
+from transformers.pytorch_utils import Conv1D
 
 from icl.activations import (
     FAMILIES,
@@ -22,6 +23,7 @@ from icl.activations import (
     capture_queries,
     from_cache,
 )
+from icl.scoring import encode
 
 
 def kv_projections(model) -> dict:
@@ -39,9 +41,11 @@ def kv_projections(model) -> dict:
     heads = getattr(model.config, "num_attention_heads", None)
     parts = {}
     for name, _ in model.named_parameters():
-        if "k_proj." in name or "v_proj." in name:
+        path = name.rpartition(".")[0]
+        if path.endswith((".k_proj", ".v_proj")):
             parts[name] = lambda t: t
-        elif ".attn.c_attn." in name:  # GPT-2: columns q | k | v
+        # GPT-2: columns q | k | v
+        elif ".attn.c_attn." in name and isinstance(model.get_submodule(path), Conv1D):
             parts[name] = lambda t: t[..., t.shape[-1] // 3 :]
         elif ".attention.query_key_value." in name:  # GPT-NeoX: q, k, v per head
             parts[name] = lambda t: t.unflatten(0, (heads, 3, -1))[:, 1:]
@@ -59,10 +63,10 @@ def kv_sgd(
     """One pass of SGD over texts on the key and value projections.
 
     The loss is the next-token cross-entropy averaged over all tokens of a text
-    but its first (Dai et al. 2023, as their code computes it). The model is
-    left as it was. :func:`icl.activations.capture_queries` around the call collects
-    the training tokens' attention queries, layer by layer and text by text, each at
-    the text's own step.
+    but its first (Dai et al. 2023, as their code computes it). Weights are trained in
+    float32; the model is left as it was. :func:`icl.activations.capture_queries` around
+    the call collects the training tokens' attention queries, layer by layer and text by
+    text, each at the text's own step.
 
     Args:
         model, tokenizer: from :func:`icl.models.load_model`.
@@ -82,28 +86,27 @@ def kv_sgd(
         of each text before its own step (summed over blocks if layer-causal).
 
     Raises:
-        ValueError: no texts, a text longer than the context, a learning rate of
-            zero, or an architecture that is not covered.
+        ValueError: no texts, one of less than two tokens or more than the context, a
+            learning rate of zero, or an architecture that is not covered.
         FloatingPointError: the loss is no longer finite.
     """
-    if not texts or not abs(learning_rate) > 0:
+    if not abs(learning_rate) > 0:
         raise ValueError(
-            f"finetuning needs texts and a learning rate other than 0, not "
-            f"{len(texts)} texts and learning rate {learning_rate!r}"
+            f"finetuning needs a learning rate other than 0, not {learning_rate!r}"
         )
-    examples = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    examples = encode(tokenizer, "text", texts)
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     for number, ids in enumerate(examples):
-        if len(ids) > context:
+        if not 2 <= len(ids) <= context:
             raise ValueError(
-                f"text {number} has {len(ids)} tokens, but the model holds {context}; "
-                "shorten it or leave it out"
+                f"text {number} has {len(ids)} tokens, but training needs 2, of which "
+                f"one is predicted, and the model holds {context}"
             )
     parts = kv_projections(model) if parts is None else parts
     weights = {name: model.get_parameter(name) for name in parts}
     all_logits = _block_logits if layer_causal else _logits
     losses = []
-    with _restored(weights) as before:
+    with _in_float32(model), _restored(weights) as before:
         for weight in weights.values():
             weight.requires_grad_(True)
         for step, ids in enumerate(examples, 1):
@@ -122,8 +125,8 @@ def kv_sgd(
             losses.append(total)
             if not math.isfinite(total):
                 raise FloatingPointError(
-                    f"finetuning diverged: the loss at step {step} of {len(texts)} is "
-                    f"{total} with learning rate {learning_rate}"
+                    f"finetuning diverged: the loss at step {step} of {len(examples)} "
+                    f"is {total} with learning rate {learning_rate}"
                 )
             with torch.no_grad():
                 for name, grad in gradients.items():
@@ -146,6 +149,23 @@ def _restored(tensors):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.requires_grad_(False).copy_(before[name])
+
+
+@contextmanager
+def _in_float32(model):
+    """The model with its half-precision tensors as float32, and then as they were.
+
+    A step of SGD is mostly smaller than half a unit in bfloat16's last place.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    kept = [(t, t.data) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+    try:
+        for tensor, data in kept:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
 
 
 def _logits(model, ids):
@@ -193,17 +213,20 @@ def _blocks(model):
 def applied_update(model, update: dict[str, Tensor]):
     """The model with an update added to its weights, inside a ``with`` block.
 
-    On leaving the block the weights are again what they were, bit for bit.
+    The block runs in float32, in which the update was computed. On leaving it the
+    weights are again what they were, bit for bit.
     """
     parts = kv_projections(model)
-    views = {
-        name: parts.get(name, lambda t: t)(model.get_parameter(name)) for name in update
-    }
-    with _restored(views):
-        with torch.no_grad():
-            for name, view in views.items():
-                view.add_(update[name])
-        yield model
+    with _in_float32(model):
+        views = {
+            name: parts.get(name, lambda t: t)(model.get_parameter(name))
+            for name in update
+        }
+        with _restored(views):
+            with torch.no_grad():
+                for name, view in views.items():
+                    view.add_(update[name])
+            yield model
 
 
 def heads_on_frozen_inputs(
@@ -219,7 +242,7 @@ def heads_on_frozen_inputs(
         model, update: from :func:`icl.models.load_model` and :func:`kv_sgd`.
         ids, start: as for :func:`icl.activations.capture_qkv`.
     """
-    calls, cache = [], DynamicCache(config=model.config)
+    calls, cache = [], DynamicCache()
 
     def keep(module, args, options):
         calls.append((module, args, options))
@@ -227,7 +250,9 @@ def heads_on_frozen_inputs(
     def fresh(value):  # the first pass has filled its own cache
         return cache if isinstance(value, DynamicCache) else value
 
-    with ExitStack() as hooks:
+    with capture_queries(model):  # compares, once, before the hooks are there
+        pass
+    with _in_float32(model), ExitStack() as hooks:
         for module in attention_modules(model):
             hook = module.register_forward_pre_hook(keep, with_kwargs=True)
             hooks.enter_context(hook)

@@ -109,14 +109,16 @@ def bootstrap_interval(
     """Mean of a sample with its percentile bootstrap interval.
 
     Args:
-        values: one number per example; NaN are left out. Without any other the
-            interval is NaN.
+        values: one number per example, not infinite; NaN are left out. Without any
+            other the interval is NaN.
         draws: how many samples of the same size are drawn, with replacement.
         over: what the values are, in words, for ``Interval.how``.
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 1:
         raise ValueError(f"values must be one number per example, not {values.shape}")
+    if np.isinf(values).any():
+        raise ValueError(f"{np.isinf(values).sum()} values are infinite: no mean")
     values = values[np.isfinite(values)]
     how = f"bootstrap over {len(values)} {over}"
     if not len(values):
@@ -296,7 +298,8 @@ def token_overlap(tokens_a: ArrayLike, tokens_b: ArrayLike) -> Float[np.ndarray,
     """Part of the likeliest next tokens that two settings share (Shen et al. 2024).
 
     Args:
-        tokens_a, tokens_b: ids of the K likeliest tokens of each of N examples.
+        tokens_a, tokens_b: ids of the K likeliest tokens of each of N examples, none
+            twice.
     """
     same = _same_tokens(tokens_a, tokens_b)
     return same.sum((1, 2)) / same.shape[1]
@@ -322,6 +325,8 @@ def _same_tokens(tokens_a, tokens_b) -> Bool[np.ndarray, "N K K"]:
     a, b = np.asarray(tokens_a), np.asarray(tokens_b)
     if a.shape != b.shape or a.ndim != 2:
         raise ValueError(f"tokens must be two lists (N, K), not {a.shape}, {b.shape}")
+    if any(len({*row}) < len(row) for row in (*a.tolist(), *b.tolist())):
+        raise ValueError("a token is there twice among the likeliest of an example")
     return a[:, :, None] == b[:, None]
 
 

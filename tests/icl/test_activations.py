@@ -74,6 +74,30 @@ def test_rotary_attention_depends_on_distances_alone(family):
         torch.testing.assert_close(attention(one), attention(two), atol=1e-4, rtol=0)
 
 
+def test_more_tokens_than_a_model_holds(eager):
+    capture_qkv(eager, IDS, start=256 - len(IDS))
+    with pytest.raises(ValueError, match="257 .* 256"):
+        capture_qkv(eager, IDS, start=257 - len(IDS))
+
+
+def test_a_label_word_that_does_not_fit(eager, tokenizer, tmp_path):
+    """It is read, not only predicted, where its own attention is asked for."""
+    asked = eager, tokenizer, ["good " * 256], ["Positive"]
+    record(*asked, folder=tmp_path / "run")
+    with pytest.raises(ValueError, match="257 .* 256"):
+        record(*asked, folder=tmp_path / "two", positions=("label",))
+    record(eager, tokenizer, ["good " * 255], ["Positive"], folder=tmp_path / "two")
+
+
+def test_heads_that_are_not_the_models_own():
+    """Queries before the rotary embedding would not give its attention weights."""
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    model._supports_attention_backend = False  # so that projections are read
+    with pytest.raises(ValueError, match="LlamaForCausalLM"):
+        capture_qkv(model, IDS)
+
+
 def test_a_family_out_of_reach():
     model = tiny_model("xglm")
     for layer in model.model.layers:  # its queries are then called something else

@@ -1,6 +1,7 @@
 """The protocol: which runs it makes, what it picks, what it does not repeat."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from icl.activations import capture_qkv, read_recording, record
 from icl.comparison import (
     LEARNING_RATES,
     Evaluator,
+    encode_predictions,
     finetune_with_queries,
     make_predictor,
     protocol,
+    run_scores,
     similarities,
 )
 from icl.finetuning import applied_update, kv_sgd
@@ -75,6 +78,41 @@ def test_runs_are_what_they_say(model, tokenizer):
         with applied_update(model, kv_sgd(model, tokenizer, texts, 0.05)[0]):
             np.testing.assert_array_equal(ft, predict([]))
     assert told_apart  # two demonstrations answer otherwise than three
+
+
+def test_layer_causal_runs_are_no_plain_ones(model, tokenizer):
+    """Through run_scores, against the update computed here; and plain FT differs."""
+    evaluator = Evaluator(model, tokenizer, TASK, " ")
+    found = {s: run_scores(evaluator, s, 1, 0.05, 3) for s in ("FT", "LCGD")}
+    texts = [TASK.demonstration(e) for e in TASK.sample(3, 1)]
+    for setting, scores in found.items():
+        update, _ = kv_sgd(model, tokenizer, texts, 0.05, setting == "LCGD")
+        with applied_update(model, update):
+            np.testing.assert_allclose(scores, evaluator.score(), atol=1e-6)
+    assert np.abs(found["FT"] - found["LCGD"]).max() > 1e-3
+
+
+def test_a_blank_reaches_prompt_and_score(model, tokenizer, tmp_path):
+    """A word that begins with the blank is scored as with it."""
+    words = [" " + word for word in TASK.label_words]
+    joined = replace(TASK, blank="", label_words=words)
+    one, two = (Evaluator(model, tokenizer, task) for task in (TASK, joined))
+    examples, broken = TASK.sample(3, 1), replace(TASK, blank="(")
+    np.testing.assert_array_equal(one.score(examples), two.score(examples))
+    three = Evaluator(model, tokenizer, broken)
+    assert np.abs(three.score() - one.score()).max() > 1e-3
+    recording = three.record(tmp_path / "run")["prompt"]
+    np.testing.assert_allclose(recording.scores, three.score(), atol=1e-5)
+
+
+def test_a_digit_for_every_label():
+    for n in (2, 10, 11, 36):
+        columns = encode_predictions(np.eye(n))
+        assert [int(digit, 36) for digit in columns["predictions"]] == [*range(n)]
+        assert len(columns["calibrated"]) == n
+    assert encode_predictions(None)["predictions"] == ""
+    with pytest.raises(ValueError, match="37"):
+        encode_predictions(np.eye(37))
 
 
 def accuracy_of(rate):

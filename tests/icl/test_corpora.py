@@ -39,6 +39,12 @@ def test_folder_of_text(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     assert load_text("shakespeare")[:2] == ("0123456789" * 2 + "0123456", "789")
     assert load_text("wikitext2")[:2] == ("valid", "test")
+    (tmp_path / "wikitext2/test.txt").write_text("test", encoding="utf-8-sig")
+    assert load_text("wikitext2").held_out == "test"
+    for wrong in ("très".encode("latin-1"), "test".encode("utf-16"), b"\n"):
+        (tmp_path / "wikitext2/test.txt").write_bytes(wrong)
+        with pytest.raises(ValueError, match="test.txt"):
+            load_text("wikitext2")
     (tmp_path / "wikitext2/test.txt").unlink()
     with pytest.raises(ValueError, match="test.txt"):
         load_text("wikitext2")

@@ -82,6 +82,9 @@ def test_bootstrap_interval_of_a_proportion():
     assert bootstrap_interval([0.25] * 9) == (0.25, 0.25, 0.25)
     with pytest.raises(ValueError, match="1, 1"):
         bootstrap_interval([[1.0]])
+    for infinite in (np.inf, -np.inf):
+        with pytest.raises(ValueError, match="infinite"):
+            bootstrap_interval([0.5, np.nan, infinite])
 
 
 def test_calibration_takes_out_a_bias_for_a_word():
@@ -100,6 +103,8 @@ def test_next_tokens_by_hand():
     cosine = (0.5 * 0.1 + 0.1 * 0.6) / math.sqrt(0.30 * 0.46)
     assert overlap_cosine(a, p, b, q) == pytest.approx([cosine, 0])
     assert overlap_cosine(a, p, a, p) == pytest.approx([1, 1])
+    with pytest.raises(ValueError, match="twice"):
+        token_overlap(a, [[1, 2, 3], [7, 8, 7]])
     with pytest.raises(ValueError, match="2, 3"):
         token_overlap(a, [[1, 2]])
 

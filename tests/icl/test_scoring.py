@@ -1,11 +1,13 @@
 """The packed scorer against each prompt scored by itself."""
 
+import copy
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_model
+from tokenizers import normalizers
 
 from icl import scoring
 from icl.scoring import Packing, score
@@ -31,7 +33,8 @@ def one_by_one(model, tokenizer, queries, label_words, demonstrations):
             parts = [demonstrations, query, " " + word]
             ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in parts]
             row = torch.tensor([sum(ids, [])])
-            log_p = model(row, use_cache=False).logits[0].double().log_softmax(-1)
+            log_p = model(row[:, :-1], use_cache=False).logits[0].double()
+            log_p = log_p.log_softmax(-1)
             start = row.shape[1] - len(ids[2])
             steps = [log_p[t - 1, row[0, t]] for t in range(start, row.shape[1])]
             scores[n, c] = np.mean([s.item() for s in steps])
@@ -61,6 +64,7 @@ def test_rows_are_as_long_as_the_device_allows(device, limit, tokenizer, monkeyp
     monkeypatch.setattr(scoring, "_PACK_TOKENS_CUDA", 90)
     packing = Packing(tiny_model("llama"), tokenizer, QUERIES * 5, LABELS, PREFIX)
     monkeypatch.setattr(type(packing.model), "device", torch.device(device))
+    monkeypatch.setattr(Packing, "_read_prefix", lambda self: None)
     rows = list(packing.rows())
     assert sorted(n for row in rows for n in row.numbers) == list(range(20))
     sizes = [len(row.ids) for row in rows]
@@ -75,7 +79,9 @@ def test_demonstrations_matter(model, tokenizer):
 
 
 def test_each_token_is_computed_once(tokenizer, monkeypatch):
+    """But for the first call, in which a query is computed alone too."""
     model = tiny_model("llama")
+    score(model, tokenizer, QUERIES, LABELS, PREFIX)
     seen = []
     forward = model.forward
     monkeypatch.setattr(
@@ -93,36 +99,83 @@ def test_each_token_is_computed_once(tokenizer, monkeypatch):
     assert sum(seen) == want
 
 
-def test_label_words_that_collide(tokenizer):
-    with pytest.raises(ValueError, match="'Un' and 'Unclearly'"):
-        score(tiny_model("llama"), tokenizer, QUERIES, ["Un", "Unclearly"])
+def test_label_words_that_share_tokens(tokenizer):
+    """Each is scored over all its tokens; only the same tokens are refused."""
+    model, words = tiny_model("llama"), ["Un", "Unclear", "Unclearly", "Positive ly"]
+    got = score(model, tokenizer, QUERIES, words, PREFIX)
+    want = one_by_one(model, tokenizer, QUERIES, words, PREFIX)
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"'Odd' and 'Even'.*\[UNK\]"):
+        score(model, tokenizer, QUERIES, ["Odd", "good", "Even"])
+
+
+def test_label_words_without_a_blank(tokenizer, monkeypatch):
+    model, seen, encode = tiny_model("llama"), [], scoring.encode
+    monkeypatch.setattr(
+        scoring, "encode", lambda t, w, x: seen.append(x) or encode(t, w, x)
+    )
+    score(model, tokenizer, QUERIES, ["Positive"], PREFIX)
+    score(model, tokenizer, QUERIES, ["Positive"], PREFIX, blank="")
+    assert [" Positive"] in seen[:4]
+    assert [" Positive"] not in seen[4:]
 
 
 @pytest.mark.parametrize(
     ("queries", "labels", "named"),
     [
         (["good", "  "], LABELS, "query 1"),
-        ([], LABELS, "queries"),
-        ("good", LABELS, "queries"),
-        (QUERIES, [], "label words"),
+        ([], LABELS, "query"),
+        ("good", LABELS, "query"),
+        (["good", None], LABELS, "query 1 .*None"),
+        (None, LABELS, "query.*None"),
+        (QUERIES, [], "label word"),
+        (QUERIES, "Positive", "label word"),
         (QUERIES, ["Positive", ""], "label word 1"),
+        (["good", "\u200b"], LABELS, "query 1"),  # which the tokenizer drops
     ],
 )
-def test_empty_input(tokenizer, queries, labels, named):
+def test_texts_that_are_refused(tokenizer, queries, labels, named):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
     with pytest.raises(ValueError, match=named):
         score(tiny_model("gpt2"), tokenizer, queries, labels)
 
 
-def test_prompt_longer_than_the_context(tokenizer):
-    long = "the film was good . " * 60
-    with pytest.raises(ValueError, match="300 .* 256"):
-        score(tiny_model("opt"), tokenizer, QUERIES, LABELS, long)
+def test_queries_of_any_kind_of_sequence(tokenizer):
+    model = tiny_model("llama")
+    want = score(model, tokenizer, QUERIES, LABELS)
+    for queries in (iter(QUERIES), np.array(QUERIES), tuple(QUERIES)):
+        given = score(model, tokenizer, queries, np.array(LABELS))
+        np.testing.assert_array_equal(given, want)
+
+
+@pytest.mark.parametrize("shown", [0, 100])
+@pytest.mark.parametrize("family", TINY)
+def test_prompt_of_the_context_and_one_token_more(family, shown, tokenizer):
+    """The last token of a label is predicted, not read."""
+    model, demonstrations = tiny_model(family), "good " * shown
+    fits = "good " * (256 - 2 - shown)  # and two of the three of "Unclearly"
+    got = score(model, tokenizer, [fits], LABELS, demonstrations)
+    want = one_by_one(model, tokenizer, [fits], LABELS, demonstrations)
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=f"{shown} .* {257 - shown} .* 256"):
+        score(model, tokenizer, [fits + "good"], LABELS, demonstrations)
 
 
 def test_sliding_window_shorter_than_the_prompt(tokenizer):
     model = tiny_model("qwen3", use_sliding_window=True, sliding_window=16)
     with pytest.raises(ValueError, match="16"):
         score(model, tokenizer, QUERIES, LABELS, PREFIX)
+
+
+def test_one_score_that_is_not_finite(tokenizer):
+    packing = Packing(tiny_model("llama"), tokenizer, QUERIES, LABELS)
+    (row,) = packing.rows()
+    log_p, _ = packing.run(row)
+    assert np.isfinite(packing.label_scores(row, log_p)).all()
+    log_p[0, packing.labels[0]] = -torch.inf
+    with pytest.raises(FloatingPointError, match="float32"):
+        packing.label_scores(row, log_p)
 
 
 def test_output_that_is_not_finite(tokenizer):

@@ -1,6 +1,8 @@
 """Tasks: prompts as the paper's code has them, sampling, sources, bad files."""
 
+import io
 import json
+import tarfile
 
 import datasets
 import numpy as np
@@ -92,18 +94,32 @@ def test_more_demonstrations_than_examples(data):
         load_task("mr").sample(3, seed=1)
 
 
-def test_hub_rows_become_examples(monkeypatch):
-    def load_dataset(*name, split):
-        assert name == ("nyu-mll/glue", "sst2")
-        rows = {"sentence": ["fine", "poor"], "label": [1, 0], "idx": [0, 1]}
+@pytest.mark.parametrize(
+    ("name", "hub", "field"),
+    [
+        ("sst2", ("SetFit/sst2",), "text"),
+        ("sst2_phrases", ("nyu-mll/glue", "sst2"), "sentence"),
+    ],
+)
+def test_hub_rows_become_examples(name, hub, field, monkeypatch):
+    def load_dataset(*asked, split):
+        assert asked == hub
+        rows = {field: ["fine ", "poor"], "label": [1, 0], "idx": [0, 1]}
         return datasets.Dataset.from_dict(rows)
 
     monkeypatch.delenv("ICL_DATA", raising=False)
     monkeypatch.setattr(tasks, "ask_hub", lambda *_: "there")
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    task = load_task("sst2")
+    task = load_task(name)
     assert task.train[0] == {"text": "fine", "label": 1}
-    assert task.source == "the hub, nyu-mll/glue sst2"
+    assert task.source == f"the hub, {' '.join(hub)}"
+
+
+def test_a_data_set_that_the_hub_refuses(monkeypatch):
+    monkeypatch.delenv("ICL_DATA", raising=False)
+    monkeypatch.setattr(tasks, "ask_hub", lambda *_: "401 from the hub")
+    with pytest.raises(ValueError, match="SetFit/sst5.*401"):
+        load_task("sst5")
 
 
 def test_no_source_at_all(monkeypatch):
@@ -118,7 +134,7 @@ def test_no_source_at_all(monkeypatch):
 
 
 def test_unknown_task():
-    with pytest.raises(ValueError, match="'imdb'.* sst2, sst5"):
+    with pytest.raises(ValueError, match="'imdb'.* sst2, sst5.*sst2_phrases"):
         load_task("imdb")
 
 
@@ -138,11 +154,22 @@ def test_data_folder_that_is_not_there(monkeypatch):
         ('{"text": "a", ', "JSON"),
         ('["a", 1]', "JSON"),
         ("7", "JSON"),
+        ("", "JSON"),  # a blank line that is not the last
+        ('{"text": null, "label": 1}', "'text' .*None"),
+        ('{"text": ["a", "b"], "label": 1}', "'text'"),
+        ('{"text": 7, "label": 1}', "'text'"),
+        ('{"text": "a", "label": true}', "label True"),
+        ('{"text": "a", "label": 1.0}', "label 1.0"),
+        ('{"text": "a", "label": 1, "score": NaN}', "NaN"),
+        ('{"text": "a", "text": "b", "label": 1}', "twice"),
+        ('{"text": "très bon", "label": 1}'.encode("latin-1"), "UTF-8"),
+        ('{"text": "a", "label": 1}'.encode("utf-16"), "UTF-8"),
     ],
 )
 def test_malformed_line_names_file_and_line(line, named, data):
-    path = data / "mr" / "train.jsonl"
-    path.write_text('{"text": "a", "label": 0}\n' + line + "\n")
+    path, good = data / "mr" / "train.jsonl", b'{"text": "a", "label": 0}\n'
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(good + line + b"\n" + good)
     with pytest.raises(ValueError, match=f"train.jsonl, line 2: .*{named}"):
         load_task("mr")
 
@@ -155,10 +182,30 @@ def test_a_line_ends_with_a_line_feed_alone(data):
     assert load_task("mr").train == [{"text": text, "label": 0}]
 
 
+def test_what_editors_add_to_a_file_is_no_example(data):
+    """A byte-order mark, blank last lines, Windows' line ends, blanks at the ends."""
+    rows = '{"text": " é \\n", "label": 1}\r\n{"text": "a", "label": 0}\r\n\r\n\n'
+    (data / "mr" / "train.jsonl").write_text(rows, encoding="utf-8-sig", newline="")
+    want = [{"text": "é", "label": 1}, {"text": "a", "label": 0}]
+    assert load_task("mr").train == want
+
+
 def test_missing_split(data):
+    (data / "subj" / "test.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"subj/test.jsonl"):
+        load_task("subj")
     (data / "subj" / "test.jsonl").unlink()
     with pytest.raises(ValueError, match=r"subj/test.jsonl"):
         load_task("subj")
+
+
+def test_a_broken_link_is_not_passed_over(data, monkeypatch):
+    (data / "sst2_phrases").symlink_to(data / "nowhere")
+    (data / "cb" / "loop").symlink_to(data / "cb" / "loop")
+    assert load_task("cb").train  # other links do not matter
+    monkeypatch.setattr(tasks, "ask_hub", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(ValueError, match=r"sst2_phrases/train.jsonl"):
+        load_task("sst2_phrases")
 
 
 @pytest.mark.slow
@@ -188,6 +235,38 @@ def test_kin_tasks():
     assert len(movie.train) + len(movie.evaluation) == 10605
     rated = {e["text"]: e["label"] for e in (*movie.train, *movie.evaluation)}
     assert rated["Effective but too tepid biopic"] == 2  # rated -0.6, the middle bin
+
+
+def test_cut_points_of_movie5(tmp_path, monkeypatch):
+    """At each bound and right below it, in the form of the archive."""
+    means = [-4, -1.81, -1.8, -0.61, -0.6, 0.59, 0.6, 1.79, 1.8, 4]
+    lines = "".join(f"{n}\t{m}\ttext {n}\n" for n, m in enumerate(means * 120))
+    inner, outer = io.BytesIO(), tmp_path / "outer.tar.gz"
+    for target, name, held in [
+        (inner, "movieReviewSnippets_GroundTruth.txt", lines.encode()),
+        (outer, "hutto_ICWSM_2014.tar.gz", inner),
+    ]:
+        held = held if isinstance(held, bytes) else held.getvalue()
+        where = {"fileobj" if target is inner else "name": target}
+        with tarfile.open(mode="w:gz", **where) as archive:
+            info = tarfile.TarInfo(f"folder/{name}")
+            info.size = len(held)
+            archive.addfile(info, io.BytesIO(held))
+    monkeypatch.setattr(tasks, "fetch", lambda name: outer)
+    task = load_task("movie5")
+    found = {e["text"]: e["label"] for e in (*task.train, *task.evaluation)}
+    levels = [found[f"text {n}"] for n in range(1200)]
+    assert levels == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4] * 120
+
+
+def test_label_words_and_what_joins_them():
+    rows = [{"text": "一", "label": 0}]
+    task = Task("zh", "{text}：", ["好", "坏"], rows, rows, blank="")
+    assert task.demonstration(rows[0]) == "一：好"
+    assert task.digest() != Task("zh", "{text}：", ["好", "坏"], rows, rows).digest()
+    for words in ("好坏", []):
+        with pytest.raises(ValueError, match="label_words"):
+            Task("zh", "{text}：", words, rows, rows)
 
 
 def test_a_seventh_task():
