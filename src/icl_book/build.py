@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import nbformat
+from filelock import FileLock
 
 from icl.assets import ASSETS, cache_dir, fetch
 from icl_book.execute import (
@@ -22,7 +23,7 @@ from icl_book.execute import (
     run_once,
 )
 from icl_book.scoreboard import picture, read_claims, scoreboard
-from icl_book.store import NOTEBOOK, ROOT, BookError
+from icl_book.store import NOTEBOOK, ROOT, BookError, read_run
 from icl_book.sweep import log
 
 #: Of MathJax, what the pages load.
@@ -49,11 +50,21 @@ def chapter_path(name: str) -> Path:
     return ROOT / "book" / f"{name}.ipynb"
 
 
-def run_page(path: Path, scale: str):
-    """``(run, record)`` of a page at ``scale``, if it has that parameter."""
-    given = {"scale": scale} if "scale" in read_parameters(path) else {}
+def run_page(path: Path, given: dict, progress=False):
+    """``(run, record)`` of a page; failed runs with the same parameters are deleted."""
     (run,) = plan(path, [given], ROOT / "_build" / "runs")
-    return run, run_once(run)
+    record = run_once(run, progress=progress)
+    for folder in run.folder.parent.glob(f"{path.stem}-*"):
+        status, old = read_run(folder)
+        if status == "failed" and old["parameters"] == run.parameters:
+            shutil.rmtree(folder, ignore_errors=True)
+    return run, record
+
+
+def costs(record: dict) -> str:
+    """What a run took, in words."""
+    again = ", unchanged since its last run" if record["cached"] else ""
+    return f"{record['seconds']:.0f} s, {record['peak_gb']:.1f} GB{again}"
 
 
 def build_book(scale: str, folder: Path) -> Path:
@@ -71,10 +82,17 @@ def build_book(scale: str, folder: Path) -> Path:
     records = {}
     for name in notebooks():
         log(f"{name} ...", end=" ")
-        run, record = run_page(chapter_path(name), scale)
+        path = chapter_path(name)
+        given = {"scale": scale} if "scale" in read_parameters(path) else {}
+        run, record = run_page(path, given)
         records[name] = record | {"folder": run.folder}
-        again = ", unchanged since its last run" if record["cached"] else ""
-        log(f"{record['seconds']:.0f} s, {record['peak_gb']:.1f} GB{again}")
+        log(costs(record))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # another build may be at it
+        return _pages(records, scale, folder)
+
+
+def _pages(records, scale, folder):
     source = _assemble(records, scale, folder)
     log("building the pages ...", end=" ")
     start = time.perf_counter()
@@ -170,6 +188,7 @@ def executed_page(source: Path, run: Path):
         )
         if injected:
             cells.append(outputs.pop(0))
+    done.metadata.pop("papermill", None)  # paths of this machine
     page.cells, page.metadata = cells, done.metadata
     return page
 

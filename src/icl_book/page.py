@@ -9,13 +9,16 @@ import os
 import platform
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
-from IPython.display import HTML, display
+from IPython import get_ipython
+from IPython.display import HTML, Markdown, display
 
-from icl_book.store import RESULT, commit
+from icl_book.store import COSTS, MADE, RESULT, ROOT, commit, read_table
 
 #: How much is run, from seconds (tests) and a minute (reading) to the whole protocol.
 SCALES = ("smoke", "laptop", "paper")
@@ -39,6 +42,9 @@ TASK_NAMES = dict(
     sst2="SST2", sst5="SST5", mr="MR", subj="Subj", agnews="AGNews", cb="CB"
 )
 
+#: Models as figures and tables name them; others go by their own names.
+MODEL_NAMES = {"smollm2-135m": "SmolLM2-135M"}
+
 _opened = {}
 _checks = []
 _findings = []
@@ -52,6 +58,7 @@ def begin(scale: str, seed: int = 0):
     """
     import torch  # seconds, which not every experiment needs
 
+    _check_parameters()
     if scale not in SCALES:
         raise ValueError(f"scale {scale!r} is not one of {', '.join(SCALES)}")
     _checks.clear()
@@ -67,6 +74,19 @@ def begin(scale: str, seed: int = 0):
     set_matplotlib_formats("svg", metadata={"Date": None})
 
 
+def _check_parameters():
+    """Refuse what papermill was given by hand: it injects any name and any value."""
+    shell = get_ipython()
+    cells = shell.user_ns.get("In", []) if shell else []
+    if len(cells) > 2 and cells[2].startswith("# Parameters\n"):
+        from icl_book.execute import check_values, parameters_in
+
+        given = {}
+        exec(cells[2], {}, given)
+        known = parameters_in(nbformat.v4.new_code_cell(cells[1]), "this notebook")
+        check_values(known, given, "this notebook")
+
+
 def check(claim, got, expected=0.0, tolerance=0.0) -> None:
     """Print a claim with what was expected and found; fail if they differ.
 
@@ -78,11 +98,14 @@ def check(claim, got, expected=0.0, tolerance=0.0) -> None:
 
     Raises:
         AssertionError: some difference exceeds the tolerance or is NaN.
+        ValueError: ``expected`` has another shape than ``got``.
     """
     got, expected = (
         np.asarray(v.detach().cpu() if hasattr(v, "detach") else v, dtype=float)
         for v in (got, expected)
     )
+    if expected.size != 1 and np.broadcast(got, expected).shape != got.shape:
+        raise ValueError(f"{claim}: expected is {expected.shape}, got {got.shape}")
     error = float(np.max(np.abs(got - expected))) if got.size else float("nan")
     holds = error <= tolerance
     if got.size == 1:
@@ -93,6 +116,33 @@ def check(claim, got, expected=0.0, tolerance=0.0) -> None:
     print(f"{'✓' if holds else '✗'} {line}")
     assert holds, f"the check does not hold: {line}"
     _checks.append((claim, error, tolerance))
+
+
+def rows_of(name: str, model: str) -> pd.DataFrame:
+    """Rows of a table in ``results/`` of a model, and a line that says whose they are.
+
+    A model that has no rows, or not for all tasks, gets those of the built-in one, and
+    a note how to make its own.
+    """
+    from icl.models import DEFAULT
+
+    table, _ = read_table(name)
+    own = Path(model).stem if (ROOT / model).exists() else model
+    theirs = table[table.model == DEFAULT]
+    mine = (
+        table[table.model == own] if own != DEFAULT or model == DEFAULT else table[:0]
+    )
+    if missing := {*theirs.task} - {*mine.task}:
+        note = (
+            f"**The table {name} has no rows of {model}** for {', '.join(missing)}. "
+            f"What follows is of {DEFAULT}. To make it of your model, write "
+            f"`model: {model}` under `fixed:` in `experiments/{name}.yaml`, and run "
+            f"`make table NAME={name} OPTIONS=--only-missing`."
+        )
+        display(Markdown(f"> {note}"))
+        mine = theirs
+    print(f"results/{name}.csv: {mine.model.iloc[0]}")
+    return mine
 
 
 def verdict(interval, side="above", bar=0.0) -> str:
@@ -163,6 +213,8 @@ def finding(
         if not -np.inf < low <= mean <= high < np.inf:
             raise ValueError(f"{statement!r}: {low} .. {high} is no interval of {mean}")
         side, bar = ("above", above) if below is None else ("below", below)
+        if not np.isfinite(bar):
+            raise ValueError(f"{statement!r}: {side}={bar} is no number to compare to")
         row |= {"mean": mean, "low": low, "high": high, "bar": float(bar)}
         row |= {"side": side, "here": f"{found:{form}}"}
         row["verdict"] = verdict(found, side, bar)
@@ -182,16 +234,22 @@ def result(*rows, facts=None, **columns) -> None:
             is entered as missing.
 
     Raises:
-        ValueError: some other entry.
+        ValueError: some other entry, or a column that the table has of itself.
     """
-    found = [
-        {name: _entry(name, value) for name, value in (columns | row).items()}
-        for row in rows or [{}]
-    ]
+    found, facts = (
+        [_entries(columns | row) for row in rows or [{}]],
+        _entries(facts or {}),
+    )
+    if taken := ({*COSTS} & {*()}.union(*found)) | (MADE & facts.keys()):
+        raise ValueError(f"{', '.join(sorted(taken))}: the runner enters that; rename")
     shown = "\n".join(f"{name} = {value}" for name, value in found[0].items())
     shown += f"\n... {len(found)} rows" if len(found) > 1 else ""
-    entered = {"rows": found, "facts": facts or {}}
+    entered = {"rows": found, "facts": facts}
     display({RESULT: entered, "text/plain": shown}, raw=True)
+
+
+def _entries(part):
+    return {name: _entry(name, value) for name, value in part.items()}
 
 
 def _entry(name, value):

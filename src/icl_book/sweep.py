@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,6 @@ import yaml
 from dask.system import CPU_COUNT
 from distributed import (
     Client,
-    KilledWorker,
     Nanny,
     Reschedule,
     Scheduler,
@@ -34,7 +34,16 @@ from distributed import (
 )
 from distributed.comm import CommClosedError
 
-from icl_book.execute import Run, inputs, plan, read_parameters, run_once
+from icl_book.execute import (
+    Loader,
+    Run,
+    check_values,
+    inputs,
+    plan,
+    read_parameters,
+    remove_scratch,
+    run_once,
+)
 from icl_book.forkserver import provisioner
 from icl_book.store import (
     ROOT,
@@ -48,7 +57,14 @@ from icl_book.store import (
 
 RETRIES = 2  # of a run whose kernel did not start; Dask's own
 REFUSED = "icl-refused"  # Dask's topic of workers that differ
-GRID = {"notebook", "threads", "limit", "key", "fixed", "vary", "exclude"}
+FORMS = {  # of the parts of a grid that have one
+    "notebook": [str],
+    "threads": [int],
+    "limit": [int, float],
+    "key": [list],
+    "exclude": [list],
+}
+GRID = {*FORMS, "fixed", "vary"}
 
 
 # -- the grid ------------------------------------------------------------------------
@@ -65,13 +81,17 @@ def read_grid(path: Path) -> dict:
             does not take, or a grid without a run.
     """
     try:
-        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+        grid = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise BookError(f"{path} cannot be read: {error}") from None
     if not isinstance(grid, dict) or grid.keys() - GRID or "notebook" not in grid:
         strange = ", ".join(map(str, grid)) if isinstance(grid, dict) else repr(grid)
         known = ", ".join(sorted(GRID))
         raise BookError(f"{path} has {strange}; a grid has a notebook, of {known}")
+    for name, kind in FORMS.items():
+        if name in grid and type(grid[name]) not in kind:
+            names = " or ".join(one.__name__ for one in kind)
+            raise BookError(f"{path}: {name} is {grid[name]!r}; give {names}")
     notebook = path.parent / grid["notebook"]
     if not notebook.is_file():
         raise BookError(f"{path}: there is no notebook {notebook}")
@@ -87,10 +107,10 @@ def read_grid(path: Path) -> dict:
             if not any(all(run[n] in some for n, some in r.items()) for r in excluded):
                 runs[json.dumps(run)] = run
     runs, key = list(runs.values()), grid.get("key", list(known))
-    if strange := {*key} - {*known}:
-        raise BookError(f"{path}: key has {', '.join(strange)}, no parameters")
+    if strange := [name for name in key if name not in known]:
+        raise BookError(f"{path}: key has {strange}, no parameters")
     threads, limit = grid.get("threads", 1), grid.get("limit", 24 * 3600)
-    if not runs or type(threads) is not int or threads < 1 or not limit > 0:
+    if not runs or threads < 1 or not 0 < limit < math.inf:
         raise BookError(f"{path}: needed are a run, a thread and a second, at least")
     varied = [n for n in known if any(run[n] != runs[0][n] for run in runs)]
     varied = {"runs": runs, "varied": varied or list(known), "key": key}
@@ -101,22 +121,17 @@ def _lists(known, part, path):
     """The values of each parameter as a list, checked against the notebook's cell."""
     if not isinstance(part, dict):
         raise BookError(f"{path}: {part!r} is no list of parameters")
-    lists = {}
+    lists, base = {}, path.parent
     for name, values in part.items():
-        if name not in known:
-            there = ", ".join(known)
-            raise BookError(f"{path}: no parameter {name!r}; there are {there}")
-        kind = type(known[name].default)
+        kind = type(known[name].default) if name in known else None
         whole = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", str(values))
         if whole and kind is int:
             values = list(range(int(whole[1]), int(whole[2]) + 1))
         one = not isinstance(values, list)
         if one or (values and kind is list is not type(values[0])):
             values = [values]
-        try:
-            lists[name] = [known[name].check(value) for value in values]
-        except ValueError as error:
-            raise BookError(f"{path}: {error}") from None
+        found = [check_values(known, {name: one}, path, base) for one in values]
+        lists[name] = [given[name] for given in found]
     return lists
 
 
@@ -135,16 +150,23 @@ def dry_run(grid: dict, folder: Path, workers: int):
     if seconds:
         left = sum(seconds) / len(seconds) * (len(found) - len(seconds)) / workers
         log(f"about {left / 60:.0f} min by {workers} workers")
+    else:
+        log("how long they take is not known before one is finished")
 
 
 # -- one run, on a worker ------------------------------------------------------------
+
+
+IN_MEMORY = "package", "versions", "model"  # of the inputs, what a process holds
+_held = {}  # by this worker: their hashes
 
 
 def run_one(run: Run, limit: float, wanted: dict) -> dict:
     """Make one run, a task of Dask's, unless its result is there by now.
 
     A worker that differs from where the sweep was started (it may have joined later)
-    leaves the cluster, and Dask reschedules the run.
+    leaves the cluster, and Dask reschedules the run. One that holds the code or the
+    model of an earlier sweep, changed since, starts anew.
 
     Returns:
         ``{"status": "finished" | "failed" | "unwritable", "error": ...}``.
@@ -152,7 +174,11 @@ def run_one(run: Run, limit: float, wanted: dict) -> dict:
     Raises:
         RuntimeError: no kernel could be started; another try may do.
     """
-    worker = get_worker()
+    worker, names = get_worker(), [n for n in wanted if n.startswith(IN_MEMORY)]
+    if any(_held.setdefault(name, wanted[name]) != wanted[name] for name in names):
+        close = worker.close_gracefully  # its nanny starts another
+        worker.loop.add_callback(close, restart=True, reason="it holds older content")
+        raise Reschedule
     if differs := differences(run, wanted):
         worker.log_event(REFUSED, f"{worker.address}: another {differs}")
         worker.loop.add_callback(worker.close, executor_wait=False, reason=differs)
@@ -265,7 +291,7 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
     Raises:
         BookError: it cannot begin or go on; the same call resumes where it stopped.
     """
-    folder, runs = folder.resolve(), expand(grid, folder.resolve())
+    runs = expand(grid, folder)
     source = folder / f"{grid['notebook'].stem}.{runs[0].fingerprint}.ipynb"
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
@@ -283,15 +309,21 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
     todo = [run for run, status in found if status in again]
     todo.sort(key=lambda run: str(run.parameters.get("model")))  # loaded once for each
     models = {run.parameters.get("model") for run in todo}
-    wanted = inputs(source, models, grid["threads"])
-    while todo:
-        with connect(threads=grid["threads"], timeout=timeout, **options) as client:
-            check_workers(client, todo, wanted, timeout)
-            client.subscribe_topic(REFUSED, lambda e: log(f"cannot take part: {e[1]}"))
-            log(f"{client.scheduler.address}, dashboard {client.dashboard_link}")
-            todo = _carry_out(client, todo, {"limit": grid["limit"], "wanted": wanted})
-        if todo:
-            log("the scheduler has gone; waiting for it to come back")
+    wanted, begun = inputs(source, models, grid["threads"]), todo
+    given = {"limit": grid["limit"], "wanted": wanted}
+    say = lambda event: log(f"cannot take part: {event[1]}")  # noqa: E731
+    try:
+        while todo:
+            with connect(threads=grid["threads"], timeout=timeout, **options) as client:
+                check_workers(client, todo, wanted, timeout)
+                client.subscribe_topic(REFUSED, say)
+                log(f"{client.scheduler.address}, dashboard {client.dashboard_link}")
+                todo = _carry_out(client, todo, given)
+            if todo:
+                log("the scheduler has gone; waiting for it to come back")
+    finally:  # what workers had begun when they were killed
+        for run in begun:
+            remove_scratch(run)
     found = [(run, *read_run(run.folder)) for run in runs]
     failed = [(run, record) for run, status, record in found if status != "finished"]
     for run, record in failed:
@@ -305,6 +337,7 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
 def _carry_out(client, todo, options):
     """Make runs; those are returned whose scheduler went away."""
     start, count, lost = time.perf_counter(), Counter(), []
+    told = start
     names = [f"run-{start}-{n:06}" for n in range(len(todo))]
     futures = client.map(run_one, todo, key=names, retries=RETRIES, **options)
     waiting = dict(zip(futures, todo, strict=True))
@@ -315,9 +348,9 @@ def _carry_out(client, todo, options):
         except (CancelledError, CommClosedError):
             lost.append(run)
             continue
-        except (KilledWorker, RuntimeError) as error:
+        except Exception as error:  # of this run alone
             outcome = {"status": "failed", "error": str(error)}
-            log(f"{run.label()}: {error}")
+            log(f"{run.label()}: {type(error).__name__}: {error}")
         if outcome["status"] == "unwritable":
             raise BookError(
                 f"a result cannot be written: {outcome['error']}. Make room, and give "
@@ -325,9 +358,13 @@ def _carry_out(client, todo, options):
             )
         count[outcome["status"]] += 1
         future.release()
-        if sys.stdout.isatty():
-            left = (time.perf_counter() - start) / count.total() * len(waiting)
-            log(f"\r{_count(count.elements())}; {left / 60:.0f} min left  ", end="")
+        now, terminal = time.perf_counter(), sys.stdout.isatty()
+        left = (now - start) / count.total() * len(waiting)
+        line = f"{_count(count.elements())}; {left / 60:.0f} min left"
+        if terminal or not waiting or now - told > 60:
+            end = "" if terminal and waiting else "\n"
+            log(f"\r{line}  " if terminal else line, end)
+            told = now
     return lost
 
 
@@ -362,4 +399,5 @@ def make_table(path: Path, folder=None, table=None, only_missing=False, **option
     try:
         return sweep(grid, folder, skip=skip, **options)
     finally:
-        collect(runs, grid["key"], target, command, costs=table is None)
+        rows = collect(runs, grid["key"], target, command, costs=table is None)
+        log(f"{len(rows)} rows: icl_book.store.read_table({str(target)!r})")

@@ -134,7 +134,7 @@ def test_execution_page_has_every_chapter_from_its_run(html, pages):
     rows = [row for row in rows if row]
     assert len(rows) == len(chapters())
     for row, name in zip(rows, chapters(), strict=True):
-        _, run = run_page(chapter_path(name), "smoke")
+        _, run = run_page(chapter_path(name), {"scale": "smoke"})
         assert row[1:] == ["smoke", f"{run['seconds']:.0f}", f"{run['peak_gb']:.1f}"]
 
 
@@ -177,7 +177,7 @@ def test_prose_may_be_newer_than_the_run(tmp_path):
 
 def test_a_chapter_says_what_its_run_took(html, pages):
     for name in chapters():
-        _, run = run_page(chapter_path(name), "smoke")
+        _, run = run_page(chapter_path(name), {"scale": "smoke"})
         badges = pages[html / "book" / f"{name}.html"].select("h1 + p .sd-badge")
         said = [badge.get_text() for badge in badges]
         assert said[:2] == [f"{run['seconds']:.0f} s", f"{run['peak_gb']:.1f} GB"]
@@ -187,7 +187,7 @@ def test_verdicts_of_the_book_follow_from_its_numbers():
     """What the executed chapters say, judged again from their intervals."""
     rows = []
     for name in chapters():
-        run, _ = run_page(chapter_path(name), "smoke")
+        run, _ = run_page(chapter_path(name), {"scale": "smoke"})
         rows += findings_of(json.loads((run.folder / NOTEBOOK).read_text()))
     assert len(rows) >= 60
     tested = {row["claim"] for row in rows}
