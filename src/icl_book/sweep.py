@@ -108,7 +108,7 @@ def read_grid(path: Path) -> dict:
                 runs[json.dumps(run)] = run
     runs, key = list(runs.values()), grid.get("key", list(known))
     if strange := [name for name in key if name not in known]:
-        raise BookError(f"{path}: key has {strange}, no parameters")
+        raise BookError(f"{path}: key has {', '.join(map(str, strange))}, no parameters")
     threads, limit = grid.get("threads", 1), grid.get("limit", 24 * 3600)
     if not runs or threads < 1 or not 0 < limit < math.inf:
         raise BookError(f"{path}: needed are a run, a thread and a second, at least")
