@@ -55,7 +55,7 @@ class TrainConfig:
         counts = *counts, self.evaluate_every, self.warm_up + 1
         if any(type(n) is not int or n < 1 for n in counts):
             raise ValueError(f"{self}: counts are ints from 1, warm_up from 0")
-        if not (0 < self.learning_rate < math.inf and 0 < self.clip):
+        if not (0 < self.learning_rate < math.inf and self.clip > 0):
             raise ValueError(f"{self}: learning_rate and clip must be positive")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"{self}: weight_decay must be finite, and not negative")

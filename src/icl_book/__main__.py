@@ -1,6 +1,7 @@
 """The commands of the book: ``python -m icl_book book``, ``chapter`` and ``sweep``."""
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -77,6 +78,7 @@ def main(arguments=None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        logging.disable()  # asyncio's, of the cell that did not end
         print("stopped; the same command resumes", file=sys.stderr)
         return 130
     print(f"after {time.perf_counter() - start:.0f} s")

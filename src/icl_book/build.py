@@ -68,14 +68,8 @@ def costs(record: dict) -> str:
 
 
 def build_book(scale: str, folder: Path) -> Path:
-    """Run every chapter at ``scale`` and build the HTML, warnings as errors.
-
-    Returns:
-        the folder with the pages.
-
-    Raises:
-        BookError: a chapter failed, or the build gave a warning.
-    """
+    """Run every chapter at ``scale`` and build the HTML, warnings as errors; the folder
+    with the pages."""
     for name in chapters():  # before the first kernel starts
         parse_parameters(chapter_path(name), [f"scale={scale}"])
     download_assets()

@@ -60,19 +60,17 @@ KERNEL_ENV = {
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with the numbers of JSON: 1e-3 is one, and neither 010 nor 1:30 is."""
+    """YAML with the numbers of JSON: 010 is not 8, 1:30 not 90, .nan a word."""
+
+    def number(self, node):
+        try:
+            return json.loads(node.value)
+        except ValueError:
+            return node.value
 
 
-Loader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if not rule[0].endswith(("int", "float"))]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for kind, form in {
-    "int": r"[-+]?(0|[1-9]\d*)",
-    "float": r"[-+]?((\d+\.\d*|\.\d+)(e[-+]?\d+)?|\d+e[-+]?\d+|\.inf)|\.nan",
-}.items():
-    form = re.compile(f"(?i:{form})$")
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", form, [*"+-.0123456789"])
+for kind in ("int", "float"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.number)
 
 
 @dataclass(frozen=True)
@@ -89,17 +87,14 @@ class Parameter:
     help: str
 
     def check(self, value):
-        """A value from YAML or the command line, in the parameter's type.
-
-        Raises:
-            ValueError: wrong type, not finite, or outside what is allowed.
-        """
+        """A value in the parameter's type; ValueError if it is not allowed."""
         kind, given = type(self.default), f"{self.name}={value}"
         if kind is not str and isinstance(value, str):
             with suppress(yaml.YAMLError):
                 value = yaml.load(value, Loader)
-        if kind is float and type(value) is int:
-            value = float(value)
+        if kind is float and not isinstance(value, bool):
+            with suppress(TypeError, ValueError):
+                value = float(value)  # YAML takes 1e-3 for a word and 1 for an int
         if type(value) is not kind:
             default = f"default {self.default!r}"
             raise ValueError(f"{given} is not of type {kind.__name__} ({default})")
@@ -117,11 +112,7 @@ class Parameter:
 
 
 def read_parameters(notebook: Path) -> dict[str, Parameter]:
-    """The parameters of a notebook, from its cell tagged ``parameters``.
-
-    Raises:
-        BookError: no notebook, or a line of another form.
-    """
+    """The parameters of a notebook, from its cell tagged ``parameters``."""
     try:
         cells = nbformat.read(notebook, as_version=4).cells
     except Exception as error:  # of nbformat's many kinds
@@ -131,7 +122,7 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
 
 
 def parameters_in(cell, where: str) -> dict[str, Parameter]:
-    """The parameters of a cell; ``where`` it is, for the error."""
+    """The parameters of a cell; BookError if a line has another form."""
     found = {}
     for name, kind, line, text in PythonTranslator.inspect(cell):
         text = text.strip()
@@ -157,17 +148,10 @@ def parameters_in(cell, where: str) -> dict[str, Parameter]:
 
 
 def check_values(known: dict[str, Parameter], given: dict, where, base=None) -> dict:
-    """Values by name in their parameters' types.
+    """Values by name in their parameters' types; BookError if one is not allowed.
 
-    Args:
-        known: from :func:`read_parameters`.
-        given: values.
-        where: they are given, for the error.
-        base: folder from which a path of ``model`` counts, if there is one; default the
-            repository.
-
-    Raises:
-        BookError: no such parameter, or a value that is not allowed.
+    ``where`` they are given is for the error. A path of ``model`` counts from the
+    folder ``base`` if it is there, else from the repository.
     """
     if strange := given.keys() - known.keys():
         lines = "".join(f"\n  {p.name}={p.default}  {p.help}" for p in known.values())
@@ -179,9 +163,8 @@ def check_values(known: dict[str, Parameter], given: dict, where, base=None) -> 
         raise BookError(f"{where}: {error}") from None
     if base is not None and values.get("model"):
         path = Path(os.path.abspath(base / Path(values["model"]).expanduser()))
-        inside = path.is_relative_to(ROOT)
         if path.exists():
-            values["model"] = str(path.relative_to(ROOT) if inside else path)
+            values["model"] = str(path).removeprefix(f"{ROOT}/")
     return values
 
 
@@ -215,30 +198,23 @@ def inputs(notebook: Path, models=(), threads=None) -> dict[str, str]:
     """Hashes of all that a run depends on but its parameters, by what each is called.
 
     Of a notebook the code counts, not the prose; of the tables, those that the code
-    reads; of the text, all in ``ICL_DATA``.
-
-    Args:
-        models: what its parameter ``model`` may be.
-        threads: that its kernel computes with.
+    reads; of the text, all in ``ICL_DATA``; of ``models``, the files.
     """
     cells = nbformat.read(notebook, as_version=4).cells
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     packages = (ROOT / "src" / "icl", ROOT / "src" / "icl_book")
     source = [p for own in packages for p in own.rglob("*") if p.suffix != ".pyc"]
-    reads = re.findall(
-        r"(?:read_table|rows_of)\((?:\s*[\"'](\w+)[\"'])?", "\n".join(code)
-    )
-    named = {*filter(None, reads)}
-    if "" in reads:  # by a variable: any table
+    reads = r"(?:read_table|rows_of)\((?:\s*[\"'](\w+)[\"'])?"
+    named = re.findall(reads, "\n".join(code))
+    if "" in named:  # by a variable: any table
         named = [path.stem for path in table_path("x").parent.glob("*.csv")]
     tables = [table_path(n).with_suffix(s) for n in named for s in (".csv", ".json")]
-    data = Path(data_folder() or os.devnull)
     found = {
         "notebook": _digest(code),
         "package": _of_files(source),
         "versions": _digest([sys.version_info[:2], *map(version, PACKAGES)]),
         "tables": _of_files(tables),
-        "text": _of_files(data.glob("*/*")),
+        "text": _of_files(Path(data_folder() or os.devnull).glob("*/*")),
         "threads": str(threads),
     }
     for name in filter(None, models):
@@ -390,20 +366,14 @@ def remove_scratch(run: Run):
 
 
 def run_once(run: Run, limit=LIMIT, provisioner=Provisioner, progress=False) -> dict:
-    """Make a run, unless its result is there.
-
-    Args:
-        limit: seconds that it may take.
-        provisioner: a class that starts its kernel.
-        progress: whether to show papermill's bar.
+    """Make a run, within ``limit`` seconds, unless its result is there.
 
     Returns:
         the record: ``rows`` and ``facts`` that the notebook has entered, ``seconds``,
         ``peak_gb``, ``cached`` (whether the result was there) and more.
 
     Raises:
-        BookError: the notebook failed, with its error; the folder of the run has the
-            notebook up to there.
+        BookError: the notebook failed; the run's folder has it up to there.
         OSError: the result cannot be written.
     """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -425,13 +395,11 @@ def run_once(run: Run, limit=LIMIT, provisioner=Provisioner, progress=False) -> 
 def _execute(run, scratch, sockets, limit, provisioner, progress):
     started, cell, error, rows, facts = time.perf_counter(), {}, None, [], {}
     manager = kernel_manager(sockets, run.threads, provisioner)
-    # papermill fills in what stands in braces
-    paths = (str(p).translate({123: "{{", 125: "}}"}) for p in (run.notebook, scratch))
-    source, target = paths
+    braces = {123: "{{", 125: "}}"}  # what stands in one, papermill fills in
     try:
         done = papermill.execute_notebook(
-            source,
-            f"{target}/{NOTEBOOK}",
+            str(run.notebook).translate(braces),
+            str(scratch / NOTEBOOK).translate(braces),
             run.parameters,
             kernel_name="python3",
             cwd=ROOT,
@@ -443,8 +411,8 @@ def _execute(run, scratch, sockets, limit, provisioner, progress):
         )
         rows, facts = entered(done)
     except papermill.PapermillExecutionError as problem:
-        where = f"In [{problem.exec_count}]"
-        error = f"{where} failed with {problem.ename}: {problem.evalue}"
+        error = f"In [{problem.exec_count}] failed with {problem.ename}: "
+        error += problem.evalue
     except (DeadKernelError, CellTimeoutError) as problem:
         late = isinstance(problem, CellTimeoutError)
         why = f"was stopped after {limit} s" if late else "ended its kernel"

@@ -5,10 +5,7 @@ import datetime
 import html
 import io
 import json
-import os
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,7 +15,7 @@ import pandas as pd
 from IPython import get_ipython
 from IPython.display import HTML, Markdown, display
 
-from icl_book.store import COSTS, MADE, RESULT, ROOT, commit, read_table
+from icl_book.store import COSTS, MADE, RESULT, ROOT, environment, read_table
 
 #: How much is run, from seconds (tests) and a minute (reading) to the whole protocol.
 SCALES = ("smoke", "laptop", "paper")
@@ -51,12 +48,9 @@ _findings = []
 
 
 def begin(scale: str, seed: int = 0):
-    """Open a chapter: check its scale, seed everything, set the figures' style.
-
-    Raises:
-        ValueError: ``scale`` is not one of ``SCALES``.
-    """
+    """Open a chapter: check its parameters, seed everything, set the figures' style."""
     import torch  # seconds, which not every experiment needs
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     _check_parameters()
     if scale not in SCALES:
@@ -67,10 +61,6 @@ def begin(scale: str, seed: int = 0):
     np.random.seed(seed)  # noqa: NPY002  (for libraries that draw from it)
     torch.manual_seed(seed)
     plt.style.use("icl_book.book")
-    try:
-        from matplotlib_inline.backend_inline import set_matplotlib_formats
-    except ImportError:
-        return
     set_matplotlib_formats("svg", metadata={"Date": None})
 
 
@@ -96,9 +86,6 @@ def check(claim, got, expected=0.0, tolerance=0.0) -> None:
         expected: what ``got`` should be (array or number).
         tolerance: the largest allowed absolute difference. 0 asks for equality.
 
-    Raises:
-        AssertionError: some difference exceeds the tolerance or is NaN.
-        ValueError: ``expected`` has another shape than ``got``.
     """
     got, expected = (
         np.asarray(v.detach().cpu() if hasattr(v, "detach") else v, dtype=float)
@@ -128,18 +115,14 @@ def rows_of(name: str, model: str) -> pd.DataFrame:
 
     table, _ = read_table(name)
     own = Path(model).stem if (ROOT / model).exists() else model
-    theirs = table[table.model == DEFAULT]
-    mine = (
-        table[table.model == own] if own != DEFAULT or model == DEFAULT else table[:0]
-    )
+    own = "" if own == DEFAULT != model else own  # another, in a folder of that name
+    theirs, mine = (table[table.model == name] for name in (DEFAULT, own))
     if missing := {*theirs.task} - {*mine.task}:
-        note = (
-            f"**The table {name} has no rows of {model}** for {', '.join(missing)}. "
-            f"What follows is of {DEFAULT}. To make it of your model, write "
-            f"`model: {model}` under `fixed:` in `experiments/{name}.yaml`, and run "
-            f"`make table NAME={name} OPTIONS=--only-missing`."
-        )
-        display(Markdown(f"> {note}"))
+        note = f"""> **The table {name} has no rows of {model}** for
+        {", ".join(sorted(missing))}. What follows is of {DEFAULT}. To make rows of your
+        model, write `model: {model}` under `fixed:` in `experiments/{name}.yaml`, and
+        run `make table NAME={name} OPTIONS=--only-missing`."""
+        display(Markdown(" ".join(note.split())))
         mine = theirs
     print(f"results/{name}.csv: {mine.model.iloc[0]}")
     return mine
@@ -168,7 +151,7 @@ def finding(
     on="",
     form="+.3f",
 ) -> str:
-    """Enter what this page says of a claim into the book's scoreboard.
+    """Enter what this page says of a claim into the book's scoreboard; the verdict.
 
     Exactly one of ``above``, ``below`` and ``checked`` says how it is judged.
 
@@ -182,13 +165,6 @@ def finding(
         published: the number that the source gives, if it gives one.
         on: model and data.
         form: format of the numbers.
-
-    Returns:
-        the verdict.
-
-    Raises:
-        ValueError: not exactly one rule, an interval that is none, or a check that
-            has not been made on this page.
     """
     from myst_nb import glue  # seconds, both of them
 
@@ -232,9 +208,6 @@ def result(*rows, facts=None, **columns) -> None:
         columns: by name, what stands in every row. Entries are numbers, words,
             ``True``, ``False``, ``None``, or lists of these; one that is not finite
             is entered as missing.
-
-    Raises:
-        ValueError: some other entry, or a column that the table has of itself.
     """
     found, facts = (
         [_entries(columns | row) for row in rows or [{}]],
@@ -340,11 +313,8 @@ def end(**parameters) -> pd.DataFrame:
         **parameters,
         "scale": _opened["scale"],
         "seed": _opened["seed"],
-        "commit": commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} torch threads",
-        "Python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "numpy")},
+        **environment(),
+        "torch threads": torch.get_num_threads(),
         "run on": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "seconds": f"{time.perf_counter() - _opened['started']:.0f}",
     }

@@ -39,9 +39,6 @@ def write_atomically(path: Path, content: str | bytes):
     """Write a file so that a reader sees the old or the new one, whole.
 
     It is on the disk before it has its name, so this holds after a power cut too.
-
-    Raises:
-        OSError: it cannot be written; the old one is unchanged.
     """
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
@@ -163,15 +160,11 @@ def collect(runs, key: list[str], path: Path, command: str, costs=False):
     Rows of other keys stay. Several processes may collect into one table.
 
     Args:
-        runs: of :class:`icl_book.execute.Run`; those not finished are left out.
         key: parameters that are columns of the table and tell runs apart. A row may
             give one of them another value.
         path: of the CSV file.
         command: that made the runs, for the record.
         costs: add columns of seconds, memory and fingerprints.
-
-    Returns:
-        the ``DataFrame``.
     """
     rows, parts = [], {}
     for status, record in (read_run(run.folder) for run in runs):

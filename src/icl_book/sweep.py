@@ -57,13 +57,7 @@ from icl_book.store import (
 
 RETRIES = 2  # of a run whose kernel did not start; Dask's own
 REFUSED = "icl-refused"  # Dask's topic of workers that differ
-FORMS = {  # of the parts of a grid that have one
-    "notebook": [str],
-    "threads": [int],
-    "limit": [int, float],
-    "key": [list],
-    "exclude": [list],
-}
+FORMS = dict(notebook=str, threads=int, limit=int | float, key=list, exclude=list)
 GRID = {*FORMS, "fixed", "vary"}
 
 
@@ -74,11 +68,6 @@ def read_grid(path: Path) -> dict:
     """A grid file, checked: ``notebook, runs, varied, key, threads, limit``.
 
     ``runs`` are the parameters of each run; ``varied`` the names of those that differ.
-    The files in ``experiments/`` show the form.
-
-    Raises:
-        BookError: no such file or notebook, a parameter or value that the notebook
-            does not take, or a grid without a run.
     """
     try:
         grid = yaml.load(path.read_text(encoding="utf-8"), Loader)
@@ -89,9 +78,8 @@ def read_grid(path: Path) -> dict:
         known = ", ".join(sorted(GRID))
         raise BookError(f"{path} has {strange}; a grid has a notebook, of {known}")
     for name, kind in FORMS.items():
-        if name in grid and type(grid[name]) not in kind:
-            names = " or ".join(one.__name__ for one in kind)
-            raise BookError(f"{path}: {name} is {grid[name]!r}; give {names}")
+        if name in grid and not isinstance(grid[name], kind):
+            raise BookError(f"{path}: {name} is {grid[name]!r}, and must be {kind}")
     notebook = path.parent / grid["notebook"]
     if not notebook.is_file():
         raise BookError(f"{path}: there is no notebook {notebook}")
@@ -107,8 +95,10 @@ def read_grid(path: Path) -> dict:
             if not any(all(run[n] in some for n, some in r.items()) for r in excluded):
                 runs[json.dumps(run)] = run
     runs, key = list(runs.values()), grid.get("key", list(known))
-    if strange := [name for name in key if name not in known]:
-        raise BookError(f"{path}: key has {', '.join(map(str, strange))}, no parameters")
+    if strange := [name for name in key if str(name) not in known]:
+        raise BookError(
+            f"{path}: key has {', '.join(map(str, strange))}, no parameters"
+        )
     threads, limit = grid.get("threads", 1), grid.get("limit", 24 * 3600)
     if not runs or threads < 1 or not 0 < limit < math.inf:
         raise BookError(f"{path}: needed are a run, a thread and a second, at least")
@@ -167,12 +157,6 @@ def run_one(run: Run, limit: float, wanted: dict) -> dict:
     A worker that differs from where the sweep was started (it may have joined later)
     leaves the cluster, and Dask reschedules the run. One that holds the code or the
     model of an earlier sweep, changed since, starts anew.
-
-    Returns:
-        ``{"status": "finished" | "failed" | "unwritable", "error": ...}``.
-
-    Raises:
-        RuntimeError: no kernel could be started; another try may do.
     """
     worker, names = get_worker(), [n for n in wanted if n.startswith(IN_MEMORY)]
     if any(_held.setdefault(name, wanted[name]) != wanted[name] for name in names):
@@ -180,7 +164,9 @@ def run_one(run: Run, limit: float, wanted: dict) -> dict:
         worker.loop.add_callback(close, restart=True, reason="it holds older content")
         raise Reschedule
     if differs := differences(run, wanted):
-        worker.log_event(REFUSED, f"{worker.address}: another {differs}")
+        worker.log_event(
+            REFUSED, f"cannot take part: {worker.address}: another {differs}"
+        )
         worker.loop.add_callback(worker.close, executor_wait=False, reason=differs)
         raise Reschedule
     try:
@@ -193,10 +179,7 @@ def run_one(run: Run, limit: float, wanted: dict) -> dict:
 
 
 def differences(run: Run, wanted: dict, dask_worker=None) -> str:
-    """Which :func:`icl_book.execute.inputs` of a run are others here, "" if none are.
-
-    On a worker that Dask names, its number of threads counts too.
-    """
+    """Which inputs of a run are others on this worker, "" if none are."""
     if not os.access(run.folder.parent, os.W_OK):
         return f"view of {run.folder.parent}: it cannot write there"
     found = inputs(run.notebook, [run.parameters.get("model")], run.threads)
@@ -207,12 +190,8 @@ def differences(run: Run, wanted: dict, dask_worker=None) -> str:
 
 
 def check_workers(client, runs: list[Run], wanted: dict, timeout=30):
-    """Compare every worker with this process, before the first run.
-
-    Raises:
-        BookError: there is none after ``timeout`` seconds, or one has other code, data
-            or models, several threads, or cannot write to the folder; each is named.
-    """
+    """Compare every worker with this process, before the first run; BookError names
+    those that differ, have several threads or cannot write to the folder."""
     try:
         client.wait_for_workers(1, timeout=timeout)
     except TimeoutError:
@@ -236,11 +215,7 @@ def connect(scheduler=None, scheduler_file=None, workers=None, threads=1, timeou
         scheduler, scheduler_file: its address, or a file that it has written.
         workers: processes on this machine; default one for each GPU, or for each
             ``threads`` cores.
-        threads: that a run computes with.
         timeout: seconds that the scheduler has to answer.
-
-    Raises:
-        BookError: it does not.
     """
     if scheduler_file is not None:  # Dask would wait for one that is not there
         try:
@@ -276,7 +251,7 @@ def _local_cluster(workers, threads):
 
 
 def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options):
-    """Make the runs of a grid that are not made yet.
+    """Make the runs of a grid that are not made yet; whether all are finished.
 
     Args:
         grid: from :func:`read_grid`.
@@ -284,12 +259,6 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
         retry_failed: make those again that failed, too.
         skip: keys of runs that are not wanted (:func:`icl_book.store.key_of`).
         timeout, options: as for :func:`connect`.
-
-    Returns:
-        whether all wanted runs are finished.
-
-    Raises:
-        BookError: it cannot begin or go on; the same call resumes where it stopped.
     """
     runs = expand(grid, folder)
     source = folder / f"{grid['notebook'].stem}.{runs[0].fingerprint}.ipynb"
@@ -311,12 +280,11 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
     models = {run.parameters.get("model") for run in todo}
     wanted, begun = inputs(source, models, grid["threads"]), todo
     given = {"limit": grid["limit"], "wanted": wanted}
-    say = lambda event: log(f"cannot take part: {event[1]}")  # noqa: E731
     try:
         while todo:
             with connect(threads=grid["threads"], timeout=timeout, **options) as client:
                 check_workers(client, todo, wanted, timeout)
-                client.subscribe_topic(REFUSED, say)
+                client.subscribe_topic(REFUSED, lambda event: log(event[1]))
                 log(f"{client.scheduler.address}, dashboard {client.dashboard_link}")
                 todo = _carry_out(client, todo, given)
             if todo:
@@ -378,7 +346,7 @@ def log(text, end="\n"):
 
 
 def make_table(path: Path, folder=None, table=None, only_missing=False, **options):
-    """Sweep a grid and collect the rows of its runs.
+    """Sweep a grid and collect the rows of its runs; whether all are finished.
 
     Args:
         path: of the grid.
@@ -387,9 +355,6 @@ def make_table(path: Path, folder=None, table=None, only_missing=False, **option
             have their costs too.
         only_missing: leave out runs of which the table has rows.
         options: as for :func:`sweep`.
-
-    Returns:
-        whether all wanted runs are finished.
     """
     grid = read_grid(path)
     folder = (folder or ROOT / "_build" / "sweeps" / path.stem).resolve()

@@ -157,8 +157,14 @@ CODE = "a; touch HACK $(shell touch HACK) `touch HACK` $$(touch HACK) '\" * & |"
 @pytest.mark.parametrize("by", ["argument", "environment"])
 @pytest.mark.parametrize(
     ("target", "name"),
-    [("chapter", "P"), ("chapter", "NAME"), ("table", "NAME"), ("table", "OPTIONS")]
-    + [("sweep", "GRID"), ("sweep", "OPTIONS")],
+    [
+        ("chapter", "P"),
+        ("chapter", "NAME"),
+        ("table", "NAME"),
+        ("table", "OPTIONS"),
+        ("sweep", "GRID"),
+        ("sweep", "OPTIONS"),
+    ],
 )
 def test_make_runs_nothing_of_a_value(target, name, by, checkout):
     before = sorted(checkout.folder.iterdir())

@@ -113,9 +113,8 @@ def test_values_get_their_type(notebook):
         ("rate=1.5", r"0\.0\.\.1\.0"),
         ("rate=nan", "float"),
         ("rate=inf", "float"),
-        ("rate=-.inf", "finite"),
-        ("rate=.nan", "finite"),
-        ("words=[.nan]", "finite"),
+        ("rate=-.inf", "float"),
+        ("rate=1e999", "finite"),
         ("words=[2026-01-01]", "JSON"),
         ("words=b", "list"),
         ("loud=3", "bool"),
@@ -359,7 +358,8 @@ def test_a_process_in_a_session_of_its_own_ends_with_the_run(root):
     body = """
 import os, subprocess
 child = subprocess.Popen(["sleep", "600"], start_new_session=True)
-script = "import os; os.fork() and os._exit(0); os.setsid(); os.execlp('sleep', 'sleep', '601')"
+script = "import os; os.fork() and os._exit(0); os.setsid(); "
+script += "os.execlp('sleep', 'sleep', '601')"
 subprocess.run(["python3", "-c", script], check=True)
 if loud:
     os._exit(1)

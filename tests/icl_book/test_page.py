@@ -89,7 +89,13 @@ def test_rows_of_a_model_or_a_note_that_there_are_none(tmp_path, monkeypatch, ca
     shown = []
     monkeypatch.setattr(page, "display", shown.append)
     (tmp_path / "results").mkdir()
-    rows = ["smollm2-135m,mr,1", "smollm2-135m,cb,2", "mine,mr,3", "mine,cb,4", "b,mr,5"]
+    rows = [
+        "smollm2-135m,mr,1",
+        "smollm2-135m,cb,2",
+        "mine,mr,3",
+        "mine,cb,4",
+        "b,mr,5",
+    ]
     text = "\n".join(["model,task,x", *rows])
     (tmp_path / "results" / "t.csv").write_text(text)
     (tmp_path / "mine.gguf").touch()
