@@ -36,6 +36,7 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: book/01_one\n")
     (tmp_path / "book").mkdir()
     line, tags = "n: int = 1  # 0..9: number", {"tags": ["parameters"]}
+    line += '\nscale: str = "laptop"  # smoke | laptop: how much'
     cells = [nbformat.v4.new_markdown_cell("# One")]
     cells += [nbformat.v4.new_code_cell(line, metadata=tags)]
     cells += [nbformat.v4.new_code_cell(BODY.strip())]
@@ -45,18 +46,24 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
+def start(root, *command, **options):
+    """``python -m icl_book`` with the small book, a process of its own."""
+    code = f"""
+        import sys
+        from pathlib import Path
+        from icl_book import __main__, build, execute, store
+        for module in (__main__, build, execute, store):
+            module.ROOT = Path({str(root)!r})
+        sys.exit(__main__.main({command!r}))
+    """
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], **options)
+
+
 def until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.05)
-
-
-def stray(root):
-    """Scratch folders and sockets of the runs of a book."""
-    runs = root / "_build" / "runs"
-    found = [p for p in runs.glob(".*") if p.is_dir()]
-    return found + list(Path(tempfile.gettempdir()).glob("icl-*/kernel.json"))
 
 
 @pytest.mark.slow
@@ -94,25 +101,42 @@ def test_a_checkout_that_cannot_be_written_to(root, capsys):
 
 
 @pytest.mark.slow
+def test_two_builds_at_once_and_pages_in_another_folder(root):
+    """``_build`` leads to a second disk where there is one, and so does the folder."""
+    disk = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(dir=disk) as other:
+        (root / "_build").symlink_to(other)
+        shutil.copy(ROOT / "_config.yml", root)
+        shutil.copytree(ROOT / "book" / "_static", root / "book" / "_static")
+        for name in ("references.bib", "404.html", "verdicts.svg"):
+            shutil.copy(ROOT / "book" / name, root / "book" / name)
+        claim = ["number = 1", *(f'{name} = "a"' for name in ("short", "claim"))]
+        claim += ['source = "a"', 'untested = "of no chapter"']
+        lines = "\n".join(["[[claim]]", *claim])
+        (root / "book" / "claims.toml").write_text(lines)
+        pages = Path(other) / "pages"
+        command = ["book", "--scale", "smoke", "--to", str(pages)]
+        with open(root / "said", "w") as said:
+            both = [start(root, *command, stderr=said, stdout=said) for _ in range(2)]
+        assert [one.wait(300) for one in both] == [0, 0], (root / "said").read_text()
+        page = pages / "html" / "book" / "01_one.html"
+        assert "<h1>One" in page.read_text()
+        assert (root / "said").read_text().count("unchanged") == 1
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 @pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
 def test_a_stopped_chapter_leaves_nothing(stop, root):
     """After SIGKILL its kernel ends; the next run of the chapter clears the rest."""
-    code = f"""
-        import sys
-        from pathlib import Path
-        from icl_book import __main__, build, execute, store
-        for module in (__main__, build, execute, store):
-            module.ROOT = Path({str(root)!r})
-        sys.exit(__main__.main(["chapter", "01_one"]))
-    """
-    others = set(stray(root))
+    (run,) = execute.plan(root / "book" / "01_one.ipynb", [{}], root / "_build/runs")
     (root / "wait").touch()
-    command = [sys.executable, "-c", textwrap.dedent(code)]
     with open(root / "said", "w") as said:
-        process = subprocess.Popen(command, stderr=said)
+        process = start(root, "chapter", "01_one", stderr=said)
     until(lambda: (root / "pids").exists() and (root / "pids").read_text())
     kernel, child = map(int, (root / "pids").read_text().split())
+    folders = execute._folders(run)
+    assert all(folder.is_dir() for folder in folders)
     process.send_signal(signal.Signals[stop])
     process.wait(60)
     until(lambda: not psutil.pid_exists(kernel), 10)
@@ -124,7 +148,7 @@ def test_a_stopped_chapter_leaves_nothing(stop, root):
         assert not psutil.pid_exists(child)
         assert (root / "said").read_text().splitlines()[0].endswith("resumes")
         assert not list((root / "_build" / "runs").glob("01_one*"))
-    assert not set(stray(root)) - others
+    assert not any(folder.exists() for folder in folders)
 
 
 # -- make ----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import yaml
 from conftest import tiny_model, word_tokenizer
 
 from icl_book.__main__ import main
+from icl_book.execute import _folders
 from icl_book.store import NOTEBOOK, RECORD, ROOT, BookError, read_run, read_table
 from icl_book.sweep import expand, make_table, read_grid
 
@@ -491,18 +492,18 @@ def test_a_stopped_sweep_leaves_nothing(tmp_path, client, stop):
     longer than a socket's may be."""
     long = tmp_path / ("scratch-of-a-cluster-job-" * 5)
     long.mkdir()
-    others = set(Path("/tmp").glob("icl-*"))
     grid = write_grid(tmp_path, HOLD)
     sweep = client(grid, "--workers", 2, TMPDIR=str(long))
     until(lambda: len(started(tmp_path)) == 4)
     until(lambda: len(list(tmp_path.glob(f"out/runs/[!.]*/{RECORD}"))) == 3)
+    folders = _folders(runs_of(grid, tmp_path / "out")[0])
+    assert all(folder.is_dir() for folder in folders)
     below = psutil.Process(sweep.pid).children(recursive=True)
     assert len(below) > 4
     sweep.send_signal(signal.Signals[stop])
     assert sweep.wait(60) == 130
     until(lambda: not any(process.is_running() for process in below), 10)
-    assert not [p for p in (tmp_path / "out" / "runs").glob(".*") if p.is_dir()]
-    assert not set(Path("/tmp").glob("icl-*")) - others
+    assert not any(folder.exists() for folder in folders)
     assert rows(tmp_path) == {1: 1, 2: 4, 3: 9}
 
 
