@@ -14,14 +14,8 @@ import nbformat
 from filelock import FileLock
 
 from icl.assets import ASSETS, cache_dir, fetch
-from icl_book.execute import (
-    SOURCE_DATE_EPOCH,
-    findings_of,
-    parse_parameters,
-    plan,
-    read_parameters,
-    run_once,
-)
+from icl_book import execute
+from icl_book.execute import SOURCE_DATE_EPOCH, findings_of, read_parameters
 from icl_book.scoreboard import picture, read_claims, scoreboard
 from icl_book.store import NOTEBOOK, ROOT, BookError, read_run
 from icl_book.sweep import log
@@ -52,8 +46,8 @@ def chapter_path(name: str) -> Path:
 
 def run_page(path: Path, given: dict, progress=False):
     """``(run, record)`` of a page; failed runs with the same parameters are deleted."""
-    (run,) = plan(path, [given], ROOT / "_build" / "runs")
-    record = run_once(run, progress=progress)
+    (run,) = execute.plan(path, [given], ROOT / "_build" / "runs")
+    record = execute.run_once(run, progress=progress)
     for folder in run.folder.parent.glob(f"{path.stem}-*"):
         status, old = read_run(folder)
         if status == "failed" and old["parameters"] == run.parameters:
@@ -71,7 +65,7 @@ def build_book(scale: str, folder: Path) -> Path:
     """Run every chapter at ``scale`` and build the HTML, warnings as errors; the folder
     with the pages."""
     for name in chapters():  # before the first kernel starts
-        parse_parameters(chapter_path(name), [f"scale={scale}"])
+        execute.parse_parameters(chapter_path(name), [f"scale={scale}"])
     download_assets()
     records = {}
     for name in notebooks():
@@ -103,11 +97,8 @@ def _pages(records, scale, folder):
     shutil.rmtree(html, ignore_errors=True)
     shutil.move(folder / "_build" / "html", html)
     log(f"{time.perf_counter() - start:.0f} s")
-    new = source / "book" / "verdicts.svg"
-    if (
-        scale == "laptop"
-        and new.read_bytes() != (ROOT / "book" / new.name).read_bytes()
-    ):
+    old, new = (folder / "book" / "verdicts.svg" for folder in (ROOT, source))
+    if scale == "laptop" and new.read_bytes() != old.read_bytes():
         log(f"the README's picture has other verdicts: cp {new} book/")
     return html
 
@@ -177,10 +168,8 @@ def executed_page(source: Path, run: Path):
         ran = outputs.pop(0)
         ran.metadata = nbformat.from_dict(ran.metadata | cell.metadata)
         cells.append(ran)
-        injected = outputs and "injected-parameters" in outputs[0].metadata.get(
-            "tags", ()
-        )
-        if injected:
+        tags = outputs[0].metadata.get("tags", ()) if outputs else ()
+        if "injected-parameters" in tags:
             cells.append(outputs.pop(0))
     done.metadata.pop("papermill", None)  # paths of this machine
     page.cells, page.metadata = cells, done.metadata

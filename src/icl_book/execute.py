@@ -31,17 +31,8 @@ from jupyter_client.provisioning import LocalProvisioner
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.translators import PythonTranslator
 
-from icl_book.store import (
-    NOTEBOOK,
-    PACKAGES,
-    RESULT,
-    ROOT,
-    BookError,
-    environment,
-    read_run,
-    save_run,
-    table_path,
-)
+from icl_book import store
+from icl_book.store import NOTEBOOK, ROOT, BookError, table_path
 
 LIMIT = 3600  # seconds that a run may take
 SOURCE_DATE_EPOCH = "1767225600"  # 2026, for all dates that a build would write
@@ -212,7 +203,7 @@ def inputs(notebook: Path, models=(), threads=None) -> dict[str, str]:
     found = {
         "notebook": _digest(code),
         "package": _of_files(source),
-        "versions": _digest([sys.version_info[:2], *map(version, PACKAGES)]),
+        "versions": _digest([sys.version_info[:2], *map(version, store.PACKAGES)]),
         "tables": _of_files(tables),
         "text": _of_files(Path(data_folder() or os.devnull).glob("*/*")),
         "threads": str(threads),
@@ -378,12 +369,12 @@ def run_once(run: Run, limit=LIMIT, provisioner=Provisioner, progress=False) -> 
     """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock(run):
-        status, record = read_run(run.folder)
+        status, record = store.read_run(run.folder)
         if status == "finished":
             return record | {"cached": True}
         with _scratch(run) as (scratch, sockets):
             record = _execute(run, scratch, sockets, limit, provisioner, progress)
-            save_run(run.folder, scratch, record)
+            store.save_run(run.folder, scratch, record)
     if record["error"] is not None:
         raise BookError(
             f"{run.notebook.stem}: {record['error']}\nThe run, with its traceback, is "
@@ -426,7 +417,7 @@ def _execute(run, scratch, sockets, limit, provisioner, progress):
         "facts": facts,
         "seconds": round(time.perf_counter() - started, 2),
         "peak_gb": round(manager.peak / 2**30, 3),
-        "made": environment() | {"threads": run.threads},
+        "made": store.environment() | {"threads": run.threads},
     }
 
 
@@ -441,6 +432,8 @@ def entered(notebook) -> tuple[list[dict], dict]:
     """Rows and facts that an executed notebook has entered by
     :func:`icl_book.page.result`."""
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
-    found = [o["data"][RESULT] for o in outputs if RESULT in o.get("data", {})]
+    found = [
+        o["data"][store.RESULT] for o in outputs if store.RESULT in o.get("data", {})
+    ]
     rows = [{**row} for part in found for row in part["rows"]]
     return rows, {name: v for part in found for name, v in part["facts"].items()}

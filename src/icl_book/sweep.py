@@ -21,39 +21,15 @@ from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 
+import distributed
 import yaml
 from dask.system import CPU_COUNT
-from distributed import (
-    Client,
-    Nanny,
-    Reschedule,
-    Scheduler,
-    SpecCluster,
-    as_completed,
-    get_worker,
-)
 from distributed.comm import CommClosedError
 
-from icl_book.execute import (
-    Loader,
-    Run,
-    check_values,
-    inputs,
-    plan,
-    read_parameters,
-    remove_scratch,
-    run_once,
-)
+from icl_book import execute, store
+from icl_book.execute import Run, inputs, plan, read_parameters
 from icl_book.forkserver import provisioner
-from icl_book.store import (
-    ROOT,
-    BookError,
-    collect,
-    key_of,
-    keys_in,
-    read_run,
-    write_atomically,
-)
+from icl_book.store import ROOT, BookError, read_run
 
 RETRIES = 2  # of a run whose kernel did not start; Dask's own
 REFUSED = "icl-refused"  # Dask's topic of workers that differ
@@ -70,7 +46,7 @@ def read_grid(path: Path) -> dict:
     ``runs`` are the parameters of each run; ``varied`` the names of those that differ.
     """
     try:
-        grid = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        grid = yaml.load(path.read_text(encoding="utf-8"), execute.Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise BookError(f"{path} cannot be read: {error}") from None
     if not isinstance(grid, dict) or grid.keys() - GRID or "notebook" not in grid:
@@ -78,7 +54,7 @@ def read_grid(path: Path) -> dict:
         known = ", ".join(sorted(GRID))
         raise BookError(f"{path} has {strange}; a grid has a notebook, of {known}")
     for name, kind in FORMS.items():
-        if name in grid and not isinstance(grid[name], kind):
+        if name in grid and (not isinstance(grid[name], kind) or grid[name] is True):
             raise BookError(f"{path}: {name} is {grid[name]!r}, and must be {kind}")
     notebook = path.parent / grid["notebook"]
     if not notebook.is_file():
@@ -96,9 +72,7 @@ def read_grid(path: Path) -> dict:
                 runs[json.dumps(run)] = run
     runs, key = list(runs.values()), grid.get("key", list(known))
     if strange := [name for name in key if str(name) not in known]:
-        raise BookError(
-            f"{path}: key has {', '.join(map(str, strange))}, no parameters"
-        )
+        raise BookError(f"{path}: key has {strange[0]}, which is no parameter")
     threads, limit = grid.get("threads", 1), grid.get("limit", 24 * 3600)
     if not runs or threads < 1 or not 0 < limit < math.inf:
         raise BookError(f"{path}: needed are a run, a thread and a second, at least")
@@ -120,7 +94,7 @@ def _lists(known, part, path):
         one = not isinstance(values, list)
         if one or (values and kind is list is not type(values[0])):
             values = [values]
-        found = [check_values(known, {name: one}, path, base) for one in values]
+        found = [execute.check_values(known, {name: one}, path, base) for one in values]
         lists[name] = [given[name] for given in found]
     return lists
 
@@ -158,19 +132,18 @@ def run_one(run: Run, limit: float, wanted: dict) -> dict:
     leaves the cluster, and Dask reschedules the run. One that holds the code or the
     model of an earlier sweep, changed since, starts anew.
     """
-    worker, names = get_worker(), [n for n in wanted if n.startswith(IN_MEMORY)]
+    worker = distributed.get_worker()
+    names = [name for name in wanted if name.startswith(IN_MEMORY)]
     if any(_held.setdefault(name, wanted[name]) != wanted[name] for name in names):
         close = worker.close_gracefully  # its nanny starts another
         worker.loop.add_callback(close, restart=True, reason="it holds older content")
-        raise Reschedule
+        raise distributed.Reschedule
     if differs := differences(run, wanted):
-        worker.log_event(
-            REFUSED, f"cannot take part: {worker.address}: another {differs}"
-        )
+        worker.log_event(REFUSED, f"{worker.address} leaves: another {differs}")
         worker.loop.add_callback(worker.close, executor_wait=False, reason=differs)
-        raise Reschedule
+        raise distributed.Reschedule
     try:
-        run_once(run, limit, provisioner(run))
+        execute.run_once(run, limit, provisioner(run))
     except BookError as error:
         return {"status": "failed", "error": str(error)}
     except OSError as error:
@@ -226,10 +199,9 @@ def connect(scheduler=None, scheduler_file=None, workers=None, threads=1, timeou
         if scheduler is None:
             scheduler = stack.enter_context(_local_cluster(workers, threads))
         try:
-            client = Client(scheduler, timeout=timeout)
+            client = distributed.Client(scheduler, timeout=timeout)
         except (OSError, TimeoutError, ValueError) as error:
-            why = str(error).split("\n")[0] or type(error).__name__
-            why = f"within {timeout} s ({why})"
+            why = f"within {timeout} s ({type(error).__name__})"
             raise BookError(f"no Dask scheduler answers at {scheduler} {why}") from None
         yield stack.enter_context(client)
 
@@ -245,9 +217,10 @@ def _local_cluster(workers, threads):
     spec = {}
     for n in range(workers or len(gpus) or max(1, CPU_COUNT // threads)):
         own = {"CUDA_VISIBLE_DEVICES": gpus[n % len(gpus)]} if gpus else {}
-        spec[n] = {"cls": Nanny, "options": options | {"env": own}}
+        spec[n] = {"cls": distributed.Nanny, "options": options | {"env": own}}
     listens = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
-    return SpecCluster(spec, {"cls": Scheduler, "options": listens}, **quiet)
+    scheduler = {"cls": distributed.Scheduler, "options": listens}
+    return distributed.SpecCluster(spec, scheduler, **quiet)
 
 
 def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options):
@@ -264,11 +237,11 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
     source = folder / f"{grid['notebook'].stem}.{runs[0].fingerprint}.ipynb"
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
-        write_atomically(source, grid["notebook"].read_bytes())
+        store.write_atomically(source, grid["notebook"].read_bytes())
     except OSError as error:
         raise BookError(f"{folder} cannot be written to: {error}") from None
     runs = [replace(run, notebook=source) for run in runs]
-    runs = [run for run in runs if key_of(run.parameters, grid["key"]) not in skip]
+    runs = [r for r in runs if store.key_of(r.parameters, grid["key"]) not in skip]
     found = [(run, read_run(run.folder)[0]) for run in runs]
     log(f"{len(runs)} runs: {_count(status for _, status in found)}; in {folder}")
     for run, status in found:
@@ -291,7 +264,7 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
                 log("the scheduler has gone; waiting for it to come back")
     finally:  # what workers had begun when they were killed
         for run in begun:
-            remove_scratch(run)
+            execute.remove_scratch(run)
     found = [(run, *read_run(run.folder)) for run in runs]
     failed = [(run, record) for run, status, record in found if status != "finished"]
     for run, record in failed:
@@ -304,12 +277,12 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
 
 def _carry_out(client, todo, options):
     """Make runs; those are returned whose scheduler went away."""
-    start, count, lost = time.perf_counter(), Counter(), []
-    told = start
+    start = told = time.perf_counter()
+    count, lost = Counter(), []
     names = [f"run-{start}-{n:06}" for n in range(len(todo))]
     futures = client.map(run_one, todo, key=names, retries=RETRIES, **options)
     waiting = dict(zip(futures, todo, strict=True))
-    for future in as_completed(futures):
+    for future in distributed.as_completed(futures):
         run = waiting.pop(future)
         try:
             outcome = future.result()
@@ -359,10 +332,10 @@ def make_table(path: Path, folder=None, table=None, only_missing=False, **option
     grid = read_grid(path)
     folder = (folder or ROOT / "_build" / "sweeps" / path.stem).resolve()
     target = table or folder / f"{path.stem}.csv"
-    skip = keys_in(target, grid["key"]) if only_missing else ()
+    skip = store.keys_in(target, grid["key"]) if only_missing else ()
     runs, command = expand(grid, folder), f"python -m icl_book sweep {path}"
     try:
         return sweep(grid, folder, skip=skip, **options)
     finally:
-        rows = collect(runs, grid["key"], target, command, costs=table is None)
+        rows = store.collect(runs, grid["key"], target, command, costs=table is None)
         log(f"{len(rows)} rows: icl_book.store.read_table({str(target)!r})")

@@ -731,6 +731,6 @@ def test_workers_that_join_late_are_refused_alike(tmp_path, client):
         cluster.close()
     said = (tmp_path / "client.txt").read_text()
     for what in ("package", "text"):
-        assert re.search(rf"cannot take part: tcp://\S+: another {what}", said)
+        assert re.search(rf"tcp://\S+ leaves: another {what}", said)
     assert sorted(started(tmp_path)) == list(range(6))
     assert rows(tmp_path) == {n: n * n for n in range(6)}
