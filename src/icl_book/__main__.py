@@ -63,9 +63,7 @@ def main(arguments=None) -> int:
     own.add_argument("--retry-failed", action="store_true")
     own.add_argument("--dry-run", action="store_true", dest="dry", help="print runs")
     own.add_argument("--committed", action="store_true", help="collect into results/")
-    own.add_argument(
-        "--only-missing", action="store_true", help="not those that its table has"
-    )
+    own.add_argument("--only-missing", action="store_true", help="in the table")
     own.set_defaults(command=sweep)
     options = vars(parser.parse_args(arguments))
     start = time.perf_counter()

@@ -393,6 +393,7 @@ def _execute(run, scratch, sockets, limit, provisioner, progress):
             str(scratch / NOTEBOOK).translate(braces),
             run.parameters,
             kernel_name="python3",
+            language="python",
             cwd=ROOT,
             progress_bar=progress,
             kernel_manager_class=manager,
@@ -402,8 +403,8 @@ def _execute(run, scratch, sockets, limit, provisioner, progress):
         )
         rows, facts = entered(done)
     except papermill.PapermillExecutionError as problem:
-        error = f"In [{problem.exec_count}] failed with {problem.ename}: "
-        error += problem.evalue
+        where, why = f"In [{problem.exec_count}]", f"{problem.ename}: {problem.evalue}"
+        error = f"{where} failed with {why}"
     except (DeadKernelError, CellTimeoutError) as problem:
         late = isinstance(problem, CellTimeoutError)
         why = f"was stopped after {limit} s" if late else "ended its kernel"
@@ -432,8 +433,7 @@ def entered(notebook) -> tuple[list[dict], dict]:
     """Rows and facts that an executed notebook has entered by
     :func:`icl_book.page.result`."""
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
-    found = [
-        o["data"][store.RESULT] for o in outputs if store.RESULT in o.get("data", {})
-    ]
+    data = [output.get("data", {}) for output in outputs]
+    found = [part[store.RESULT] for part in data if store.RESULT in part]
     rows = [{**row} for part in found for row in part["rows"]]
     return rows, {name: v for part in found for name, v in part["facts"].items()}

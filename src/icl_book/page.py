@@ -248,15 +248,9 @@ def findings() -> pd.DataFrame:
 def subplot_grid(count: int):
     """A figure of ``count`` small panels, three a row: ``(figure, axes)``."""
     rows = -(-count // 3)
-    fig, axes = plt.subplots(
-        rows,
-        min(count, 3),
-        figsize=(7, 0.6 + 1.9 * rows),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size, look = (7, 0.6 + 1.9 * rows), {"squeeze": False, "layout": "constrained"}
+    look |= {"sharex": True, "sharey": True, "figsize": size}
+    fig, axes = plt.subplots(rows, min(count, 3), **look)
     for ax in axes.flat[count:]:
         ax.remove()
     return fig, axes.flat[:count]

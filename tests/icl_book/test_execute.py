@@ -1,5 +1,6 @@
 """Runs of a small notebook, in a small repository that each test makes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -385,3 +386,23 @@ def test_a_run_may_lie_on_another_disk(root, notebook):
         assert run(notebook)["cached"]
         (kept,) = [p.name for p in Path(folder).iterdir() if p.name[0] != "."]
         assert kept.startswith("one-")
+
+
+@pytest.mark.slow
+def test_an_executed_notebook_is_json_whatever_it_shows(root):
+    body = 'from IPython.display import display\nnan = float("nan")\n'
+    body += 'display({"application/json": {"a": [nan, -nan, 1e400]}}, raw=True)'
+    notebook = write(root / "one.ipynb", body=body)
+    run(notebook)
+    (one,) = plan(notebook, [{}], root / "runs")
+    json.loads((one.folder / NOTEBOOK).read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.slow
+def test_a_notebook_of_an_old_format_without_a_kernel(root):
+    cell = {"cell_type": "code", "input": "steps: int = 3  # 1..9: how many"}
+    cell |= {"language": "python", "outputs": [], "metadata": {"tags": ["parameters"]}}
+    sheet = {"cells": [cell], "metadata": {}}
+    old = {"metadata": {"name": ""}, "nbformat": 3, "nbformat_minor": 0}
+    (root / "old.ipynb").write_text(json.dumps(old | {"worksheets": [sheet]}))
+    assert run(root / "old.ipynb", steps=4)["parameters"] == {"steps": 4}
