@@ -486,6 +486,21 @@ def test_an_error_that_nobody_foresaw_is_of_its_run_alone(tmp_path, cluster, cap
     assert rows(tmp_path) == {0: 0, 2: 4, 3: 9}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_processes_that_a_notebook_starts_end_with_its_run(tmp_path, cluster):
+    """Those in sessions of their own, too; the cluster goes on."""
+    body = f"""
+import subprocess
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+with open(here / f"child-{{n}}", "w") as file:
+    file.write(str(child.pid))
+{RESULT}"""
+    assert run(write_grid(tmp_path, body), cluster)
+    children = [int(path.read_text()) for path in tmp_path.glob("child-*")]
+    assert len(children) == 4
+    assert not any(map(psutil.pid_exists, children))
+
+
 @pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_stopped_sweep_leaves_nothing(tmp_path, client, stop):
     """No process, no socket and no scratch folder, though a temporary folder's path is
