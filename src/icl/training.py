@@ -53,8 +53,12 @@ class TrainConfig:
     def __post_init__(self):
         counts = self.steps, self.batch, self.accumulate, self.save_every
         counts = *counts, self.evaluate_every, self.warm_up + 1
-        if min(counts) < 1 or not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"{self}: counts and learning_rate must be positive")
+        if any(type(n) is not int or n < 1 for n in counts):
+            raise ValueError(f"{self}: counts are ints from 1, warm_up from 0")
+        if not (0 < self.learning_rate < math.inf and self.clip > 0):
+            raise ValueError(f"{self}: learning_rate and clip must be positive")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"{self}: weight_decay must be finite, and not negative")
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -162,10 +166,12 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
         model: from :func:`build_model`, or another with a ``config`` and a ``loss``.
         batches: the model's arguments by step (from 0), arrays of ``config.batch``
             rows, such as :func:`text_batches`.
-        folder: of this run alone, for its checkpoint, ``checkpoint.safetensors``.
+        folder: of this run alone, for its checkpoint, ``checkpoint.safetensors``, and
+            the model as transformers saves it.
         config: settings.
         measure: number to evaluate of the model; default none.
-        report: receives a line of progress at each evaluation.
+        report: receives a line of progress after the first step, which says how long
+            the run takes, and at each evaluation.
         data: what a checkpoint must agree on besides, such as the seed of the batches.
 
     Returns:
@@ -174,7 +180,7 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
     Raises:
         ValueError: a batch that does not divide among the processes, or a folder with
             the checkpoint of another config, model or data.
-        FloatingPointError: the loss is not finite. The last checkpoint stays.
+        FloatingPointError: loss or gradient is not finite. The last checkpoint stays.
     """
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
@@ -202,17 +208,21 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
             group["lr"] = config.learning_rate_at(step)
         batch, done = batches(step), step + 1
         total += _gradients(running, batch, config, accelerator)
-        accelerator.clip_grad_norm_(running.parameters(), config.clip)
+        norm = accelerator.clip_grad_norm_(running.parameters(), config.clip)
+        if not math.isfinite(norm):
+            raise _diverged("gradient", done)
         optimizer.step()
         optimizer.zero_grad()
+        if step == first and accelerator.is_main_process:
+            pace = time.perf_counter() - started
+            report(_progress({"step": done}, config, batch, pace))
         measures = done % config.evaluate_every == 0 or done == config.steps
         saves = done % config.save_every == 0 or done == config.steps
         if not (measures or saves):
             continue
         loss = float(accelerator.reduce(total, "mean"))
         if not math.isfinite(loss):
-            hint = "lower learning_rate or warm up longer; the last checkpoint is kept"
-            raise FloatingPointError(f"the loss is not finite at step {done}: {hint}")
+            raise _diverged("loss", done)
         if measures:
             row = {"step": done, "loss": loss / (done - state["since"])}
             pace = (time.perf_counter() - started) / (done - first)
@@ -226,6 +236,7 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
         state["step"], state["total"] = done, float(total)
         if saves and accelerator.is_main_process:
             _save(checkpoint, model, optimizer, state)
+            model.save_pretrained(folder)  # what load_model reads
         accelerator.wait_for_everyone()
     model.eval()
     return state["history"]
@@ -276,6 +287,11 @@ def _gradients(running, batch, config, accelerator):
             accelerator.backward(loss)
         total += loss.detach()
     return total
+
+
+def _diverged(what, step):
+    hint = "lower learning_rate or warm up longer; the last checkpoint is kept"
+    return FloatingPointError(f"the {what} is not finite at step {step}: {hint}")
 
 
 def _progress(row, config, batch, pace):

@@ -1,14 +1,16 @@
 """The commands of the book: ``python -m icl_book book``, ``chapter`` and ``sweep``."""
 
 import argparse
+import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 from icl.assets import AssetError
-from icl_book.build import build_book, chapter_path, chapters
-from icl_book.execute import parse_parameters, plan, run_once
+from icl_book.build import build_book, chapter_path, chapters, costs, run_page
+from icl_book.execute import parse_parameters
 from icl_book.store import NOTEBOOK, ROOT, BookError, table_path
 from icl_book.sweep import dry_run, make_table, read_grid
 
@@ -24,10 +26,8 @@ def chapter(name, parameters):
         there = ", ".join(chapters())
         raise BookError(f"there is no chapter {name!r}; there are {there}")
     values = parse_parameters(chapter_path(name), parameters)
-    (run,) = plan(chapter_path(name), [values], ROOT / "_build" / "runs")
-    record = run_once(run, progress=sys.stderr.isatty())
-    seconds, memory = f"{record['seconds']:.0f} s", f"{record['peak_gb']:.1f} GB"
-    print(f"{run.folder / NOTEBOOK}: {seconds}, {memory} of memory")
+    run, record = run_page(chapter_path(name), values, sys.stderr.isatty())
+    print(f"{run.folder / NOTEBOOK}: {costs(record)}")
     return True
 
 
@@ -63,18 +63,20 @@ def main(arguments=None) -> int:
     own.add_argument("--retry-failed", action="store_true")
     own.add_argument("--dry-run", action="store_true", dest="dry", help="print runs")
     own.add_argument("--committed", action="store_true", help="collect into results/")
-    own.add_argument(
-        "--only-missing", action="store_true", help="not those that its table has"
-    )
+    own.add_argument("--only-missing", action="store_true", help="in the table")
     own.set_defaults(command=sweep)
     options = vars(parser.parse_args(arguments))
     start = time.perf_counter()
+    for stop in (signal.SIGTERM, signal.SIGHUP):  # as control-C: nothing is left behind
+        if signal.getsignal(stop) is signal.SIG_DFL:  # nohup has another
+            signal.signal(stop, signal.default_int_handler)
     try:
         done = options.pop("command")(**options)
-    except (BookError, AssetError, ValueError) as error:
+    except (BookError, AssetError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        logging.disable()  # asyncio's, of the cell that did not end
         print("stopped; the same command resumes", file=sys.stderr)
         return 130
     print(f"after {time.perf_counter() - start:.0f} s")

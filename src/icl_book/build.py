@@ -11,18 +11,13 @@ import zipfile
 from pathlib import Path
 
 import nbformat
+from filelock import FileLock
 
 from icl.assets import ASSETS, cache_dir, fetch
-from icl_book.execute import (
-    SOURCE_DATE_EPOCH,
-    findings_of,
-    parse_parameters,
-    plan,
-    read_parameters,
-    run_once,
-)
+from icl_book import execute
+from icl_book.execute import SOURCE_DATE_EPOCH, findings_of, read_parameters
 from icl_book.scoreboard import picture, read_claims, scoreboard
-from icl_book.store import NOTEBOOK, ROOT, BookError
+from icl_book.store import NOTEBOOK, ROOT, BookError, read_run
 from icl_book.sweep import log
 
 #: Of MathJax, what the pages load.
@@ -49,32 +44,43 @@ def chapter_path(name: str) -> Path:
     return ROOT / "book" / f"{name}.ipynb"
 
 
-def run_page(path: Path, scale: str):
-    """``(run, record)`` of a page at ``scale``, if it has that parameter."""
-    given = {"scale": scale} if "scale" in read_parameters(path) else {}
-    (run,) = plan(path, [given], ROOT / "_build" / "runs")
-    return run, run_once(run)
+def run_page(path: Path, given: dict, progress=False):
+    """``(run, record)`` of a page; failed runs with the same parameters are deleted."""
+    (run,) = execute.plan(path, [given], ROOT / "_build" / "runs")
+    record = execute.run_once(run, progress=progress)
+    for folder in run.folder.parent.glob(f"{path.stem}-*"):
+        status, old = read_run(folder)
+        if status == "failed" and old["parameters"] == run.parameters:
+            shutil.rmtree(folder, ignore_errors=True)
+    return run, record
+
+
+def costs(record: dict) -> str:
+    """What a run took, in words."""
+    again = ", unchanged since its last run" if record["cached"] else ""
+    return f"{record['seconds']:.0f} s, {record['peak_gb']:.1f} GB{again}"
 
 
 def build_book(scale: str, folder: Path) -> Path:
-    """Run every chapter at ``scale`` and build the HTML, warnings as errors.
-
-    Returns:
-        the folder with the pages.
-
-    Raises:
-        BookError: a chapter failed, or the build gave a warning.
-    """
+    """Run every chapter at ``scale`` and build the HTML, warnings as errors; the folder
+    with the pages."""
     for name in chapters():  # before the first kernel starts
-        parse_parameters(chapter_path(name), [f"scale={scale}"])
+        execute.parse_parameters(chapter_path(name), [f"scale={scale}"])
     download_assets()
     records = {}
     for name in notebooks():
         log(f"{name} ...", end=" ")
-        run, record = run_page(chapter_path(name), scale)
+        path = chapter_path(name)
+        given = {"scale": scale} if "scale" in read_parameters(path) else {}
+        run, record = run_page(path, given)
         records[name] = record | {"folder": run.folder}
-        again = ", unchanged since its last run" if record["cached"] else ""
-        log(f"{record['seconds']:.0f} s, {record['peak_gb']:.1f} GB{again}")
+        log(costs(record))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # another build may be at it
+        return _pages(records, scale, folder)
+
+
+def _pages(records, scale, folder):
     source = _assemble(records, scale, folder)
     log("building the pages ...", end=" ")
     start = time.perf_counter()
@@ -91,11 +97,8 @@ def build_book(scale: str, folder: Path) -> Path:
     shutil.rmtree(html, ignore_errors=True)
     shutil.move(folder / "_build" / "html", html)
     log(f"{time.perf_counter() - start:.0f} s")
-    new = source / "book" / "verdicts.svg"
-    if (
-        scale == "laptop"
-        and new.read_bytes() != (ROOT / "book" / new.name).read_bytes()
-    ):
+    old, new = (folder / "book" / "verdicts.svg" for folder in (ROOT, source))
+    if scale == "laptop" and new.read_bytes() != old.read_bytes():
         log(f"the README's picture has other verdicts: cp {new} book/")
     return html
 
@@ -165,11 +168,10 @@ def executed_page(source: Path, run: Path):
         ran = outputs.pop(0)
         ran.metadata = nbformat.from_dict(ran.metadata | cell.metadata)
         cells.append(ran)
-        injected = outputs and "injected-parameters" in outputs[0].metadata.get(
-            "tags", ()
-        )
-        if injected:
+        tags = outputs[0].metadata.get("tags", ()) if outputs else ()
+        if "injected-parameters" in tags:
             cells.append(outputs.pop(0))
+    done.metadata.pop("papermill", None)  # paths of this machine
     page.cells, page.metadata = cells, done.metadata
     return page
 

@@ -5,16 +5,16 @@ again while nothing changes that it depends on; :func:`inputs` lists that.
 """
 
 import ast
+import ctypes
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -24,23 +24,15 @@ import nbformat
 import papermill
 import psutil
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from papermill.translators import PythonTranslator
 
-from icl_book.store import (
-    NOTEBOOK,
-    PACKAGES,
-    RESULT,
-    ROOT,
-    BookError,
-    environment,
-    read_run,
-    save_run,
-    table_path,
-)
+from icl_book import store
+from icl_book.store import NOTEBOOK, ROOT, BookError, table_path
 
 LIMIT = 3600  # seconds that a run may take
 SOURCE_DATE_EPOCH = "1767225600"  # 2026, for all dates that a build would write
@@ -58,6 +50,20 @@ KERNEL_ENV = {
 # -- parameters ----------------------------------------------------------------------
 
 
+class Loader(yaml.SafeLoader):
+    """YAML with the numbers of JSON: 010 is not 8, 1:30 not 90, .nan a word."""
+
+    def number(self, node):
+        try:
+            return json.loads(node.value)
+        except ValueError:
+            return node.value
+
+
+for kind in ("int", "float"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.number)
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One line of a parameters cell: ``name: type = literal  # allowed: help``.
@@ -72,23 +78,21 @@ class Parameter:
     help: str
 
     def check(self, value):
-        """A value from YAML or the command line, in the parameter's type.
-
-        Raises:
-            ValueError: wrong type, not finite, or outside what is allowed.
-        """
+        """A value in the parameter's type; ValueError if it is not allowed."""
         kind, given = type(self.default), f"{self.name}={value}"
         if kind is not str and isinstance(value, str):
             with suppress(yaml.YAMLError):
-                value = yaml.safe_load(value)
+                value = yaml.load(value, Loader)
         if kind is float and not isinstance(value, bool):
             with suppress(TypeError, ValueError):
                 value = float(value)  # YAML takes 1e-3 for a word and 1 for an int
         if type(value) is not kind:
             default = f"default {self.default!r}"
             raise ValueError(f"{given} is not of type {kind.__name__} ({default})")
-        if kind is float and not math.isfinite(value):
-            raise ValueError(f"{given} is not finite")
+        try:
+            json.dumps(value, allow_nan=False)  # a record and a notebook are JSON
+        except (TypeError, ValueError):
+            raise ValueError(f"{given} is not finite, or no JSON") from None
         if self.allowed and kind is str and value not in self.allowed:
             raise ValueError(f"{given} is not one of {', '.join(self.allowed)}")
         if self.allowed and kind is not str:
@@ -99,22 +103,28 @@ class Parameter:
 
 
 def read_parameters(notebook: Path) -> dict[str, Parameter]:
-    """The parameters of a notebook, from its cell tagged ``parameters``.
+    """The parameters of a notebook, from its cell tagged ``parameters``."""
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+    except Exception as error:  # of nbformat's many kinds
+        raise BookError(f"{notebook} is no notebook: {error}") from None
+    tagged = [c for c in cells if "parameters" in c.metadata.get("tags", ())]
+    return parameters_in(tagged[0], notebook.name) if tagged else {}
 
-    Raises:
-        BookError: a line of another form.
-    """
+
+def parameters_in(cell, where: str) -> dict[str, Parameter]:
+    """The parameters of a cell; BookError if a line has another form."""
     found = {}
-    for name, line in papermill.inspect_notebook(str(notebook)).items():
-        kind, text = line["inferred_type_name"], line["help"].strip()
+    for name, kind, line, text in PythonTranslator.inspect(cell):
+        text = text.strip()
         try:
-            default = ast.literal_eval(line["default"])
+            default = ast.literal_eval(line)
         except (ValueError, SyntaxError):
             default = None
         if type(default).__name__ != kind or not text:
             raise BookError(
-                f"{notebook.name}, parameters cell: write {name}: type = literal  "
-                f"# help, not {name}: {kind} = {line['default']}  # {text}"
+                f"{where}, parameters cell: write {name}: type = literal  "
+                f"# help, not {name}: {kind} = {line}  # {text}"
             )
         words = re.match(r"([\w.-]+(?: \| [\w.-]+)+): (.*)", text)
         bounds = re.match(r"(-?[\d.e+-]*\d)\.\.(-?[\d.e+-]*\d): (.*)", text)
@@ -128,25 +138,33 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
     return found
 
 
-def parse_parameters(notebook: Path, given: list[str]) -> dict:
-    """Values of ``key=value`` strings, checked against the notebook's cell.
+def check_values(known: dict[str, Parameter], given: dict, where, base=None) -> dict:
+    """Values by name in their parameters' types; BookError if one is not allowed.
 
-    Raises:
-        BookError: no such parameter, or a value that is not allowed.
+    ``where`` they are given is for the error. A path of ``model`` counts from the
+    folder ``base`` if it is there, else from the repository.
     """
-    known, values = read_parameters(notebook), {}
-    for item in given:
-        key, separator, text = item.partition("=")
-        if not separator or key not in known:
-            what = f"has no parameter {key!r}" if separator else f"got {item!r}"
-            lines = [f"  {p.name}={p.default}  {p.help}" for p in known.values()]
-            lines = "\n".join([f"{notebook.stem} {what}; write key=value of", *lines])
-            raise BookError(lines)
-        try:
-            values[key] = known[key].check(text)
-        except ValueError as error:
-            raise BookError(f"{notebook.stem}: {error}") from None
+    if strange := given.keys() - known.keys():
+        lines = "".join(f"\n  {p.name}={p.default}  {p.help}" for p in known.values())
+        names = ", ".join(map(repr, strange))
+        raise BookError(f"{where} has no parameter {names}; there are{lines}")
+    try:
+        values = {name: known[name].check(value) for name, value in given.items()}
+    except ValueError as error:
+        raise BookError(f"{where}: {error}") from None
+    if base is not None and values.get("model"):
+        path = Path(os.path.abspath(base / Path(values["model"]).expanduser()))
+        if path.exists():
+            values["model"] = str(path).removeprefix(f"{ROOT}/")
     return values
+
+
+def parse_parameters(notebook: Path, given: list[str]) -> dict:
+    """Values of ``key=value`` strings, by :func:`check_values`."""
+    if strange := [item for item in given if "=" not in item]:
+        raise BookError(f"{notebook.stem}: got {strange[0]!r}; write key=value")
+    values = dict(item.split("=", 1) for item in given)
+    return check_values(read_parameters(notebook), values, notebook.stem, Path.cwd())
 
 
 # -- what a run depends on -----------------------------------------------------------
@@ -171,27 +189,23 @@ def inputs(notebook: Path, models=(), threads=None) -> dict[str, str]:
     """Hashes of all that a run depends on but its parameters, by what each is called.
 
     Of a notebook the code counts, not the prose; of the tables, those that the code
-    reads; of the text, all in ``ICL_DATA``.
-
-    Args:
-        models: what its parameter ``model`` may be.
-        threads: that its kernel computes with.
+    reads; of the text, all in ``ICL_DATA``; of ``models``, the files.
     """
     cells = nbformat.read(notebook, as_version=4).cells
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     packages = (ROOT / "src" / "icl", ROOT / "src" / "icl_book")
     source = [p for own in packages for p in own.rglob("*") if p.suffix != ".pyc"]
-    named = re.findall(r"read_table\(\s*[\"'](\w+)[\"']", "\n".join(code))
-    if len(named) < "\n".join(code).count("read_table("):  # by a variable: any table
+    reads = r"(?:read_table|rows_of)\((?:\s*[\"'](\w+)[\"'])?"
+    named = re.findall(reads, "\n".join(code))
+    if "" in named:  # by a variable: any table
         named = [path.stem for path in table_path("x").parent.glob("*.csv")]
     tables = [table_path(n).with_suffix(s) for n in named for s in (".csv", ".json")]
-    data = Path(os.environ.get("ICL_DATA") or os.devnull).expanduser().resolve()
     found = {
         "notebook": _digest(code),
         "package": _of_files(source),
-        "versions": _digest([sys.version_info[:2], *map(version, PACKAGES)]),
+        "versions": _digest([sys.version_info[:2], *map(version, store.PACKAGES)]),
         "tables": _of_files(tables),
-        "text": _of_files(data.glob("*/*")),
+        "text": _of_files(Path(data_folder() or os.devnull).glob("*/*")),
         "threads": str(threads),
     }
     for name in filter(None, models):
@@ -223,7 +237,7 @@ def _digest(content):
 def _of_files(paths):
     marks = []
     for path in sorted({*paths}):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # a link that leads nowhere, or to itself
             stat = path.stat()
             if path.is_file():
                 marks.append((path, stat.st_size, stat.st_mtime_ns))
@@ -248,10 +262,18 @@ class Provisioner(LocalProvisioner):
         return await super().launch_kernel(command, **options)
 
 
+def data_folder() -> str:
+    """``ICL_DATA`` from the root of the file system on, "" if it is not set."""
+    given = os.environ.get("ICL_DATA")
+    return os.path.abspath(os.path.expanduser(given)) if given else ""
+
+
 def kernel_env(threads=None) -> dict[str, str]:
     """The environment of a kernel that computes with so many threads."""
     own = {f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "MKL", "OPENBLAS")}
     found = os.environ | KERNEL_ENV | (own if threads else {})
+    if data := data_folder():  # a kernel works in another folder
+        found["ICL_DATA"] = data
     # Dask's, for its workers: memory goes back after every product, and comes again
     found.pop("MALLOC_TRIM_THRESHOLD_", None)
     return found
@@ -285,35 +307,74 @@ def kernel_manager(folder, threads=None, provisioner=Provisioner):
     return Manager
 
 
-def run_once(run: Run, limit=LIMIT, provisioner=Provisioner, progress=False) -> dict:
-    """Make a run, unless its result is there.
+@contextmanager
+def _scratch(run):
+    """Two empty folders, for the notebook and for sockets, that end with the run, as do
+    the processes that it has left, on Linux also those in sessions of their own."""
+    _take_orphans(True)
+    before = {*psutil.Process().children()}
+    try:
+        _remove(run)  # what a killed process has left
+        for folder in _folders(run):
+            folder.mkdir(mode=0o700)
+        yield _folders(run)
+    finally:
+        left = [c for c in psutil.Process().children() if c not in before]
+        for child in left:
+            with suppress(psutil.Error):
+                left += child.children()
+                child.kill()
+        psutil.wait_procs(left, 5)
+        _take_orphans(False)
+        _remove(run)
 
-    Args:
-        limit: seconds that it may take.
-        provisioner: a class that starts its kernel.
-        progress: whether to show papermill's bar.
+
+def _take_orphans(whether):
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, whether)  # PR_SET_CHILD_SUBREAPER
+
+
+def _folders(run):
+    short = tempfile.gettempdir()  # the path of a socket holds some 100 characters
+    short = short if len(short) < 60 else "/tmp"
+    own = _digest([os.getuid(), str(run.folder)])
+    return run.folder.with_name(f".{run.folder.name}"), Path(short, f"icl-{own}")
+
+
+def _remove(run):
+    for folder in _folders(run):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(run, **options):
+    return FileLock(run.folder.with_name(f".{run.folder.name}.lock"), **options)
+
+
+def remove_scratch(run: Run):
+    """Remove what a killed process left of a run, unless some process is at it."""
+    with suppress(Timeout, OSError), _lock(run, blocking=False):
+        _remove(run)
+
+
+def run_once(run: Run, limit=LIMIT, provisioner=Provisioner, progress=False) -> dict:
+    """Make a run, within ``limit`` seconds, unless its result is there.
 
     Returns:
         the record: ``rows`` and ``facts`` that the notebook has entered, ``seconds``,
         ``peak_gb``, ``cached`` (whether the result was there) and more.
 
     Raises:
-        BookError: the notebook failed, with its error; the folder of the run has the
-            notebook up to there.
+        BookError: the notebook failed; the run's folder has it up to there.
         OSError: the result cannot be written.
     """
-    store = run.folder.parent
-    store.mkdir(parents=True, exist_ok=True)
-    with FileLock(store / f".{run.folder.name}.lock"):
-        status, record = read_run(run.folder)
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(run):
+        status, record = store.read_run(run.folder)
         if status == "finished":
             return record | {"cached": True}
-        scratch = Path(tempfile.mkdtemp(prefix=".run-", dir=store))
-        try:
-            record = _execute(run, scratch / NOTEBOOK, limit, provisioner, progress)
-            save_run(run.folder, scratch, record)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with _scratch(run) as (scratch, sockets):
+            record = _execute(run, scratch, sockets, limit, provisioner, progress)
+            store.save_run(run.folder, scratch, record)
     if record["error"] is not None:
         raise BookError(
             f"{run.notebook.stem}: {record['error']}\nThe run, with its traceback, is "
@@ -322,34 +383,33 @@ def run_once(run: Run, limit=LIMIT, provisioner=Provisioner, progress=False) -> 
     return record | {"cached": False}
 
 
-def _execute(run, target, limit, provisioner, progress):
+def _execute(run, scratch, sockets, limit, provisioner, progress):
     started, cell, error, rows, facts = time.perf_counter(), {}, None, [], {}
-    short = tempfile.gettempdir()  # the path of a socket holds some 100 characters
-    short = short if len(short) < 60 else "/tmp"
-    with tempfile.TemporaryDirectory(prefix="icl-", dir=short) as folder:
-        manager = kernel_manager(folder, run.threads, provisioner)
-        try:
-            done = papermill.execute_notebook(
-                run.notebook,
-                target,
-                run.parameters,
-                kernel_name="python3",
-                cwd=ROOT,
-                progress_bar=progress,
-                kernel_manager_class=manager,
-                timeout_func=lambda _: max(1, limit - time.perf_counter() + started),
-                on_cell_start=lambda cell_index, **now: cell.update(now["cell"]),
-                on_cell_executed=manager.watch,
-            )
-            rows, facts = entered(done)
-        except papermill.PapermillExecutionError as problem:
-            where = f"In [{problem.exec_count}]"
-            error = f"{where} failed with {problem.ename}: {problem.evalue}"
-        except (DeadKernelError, CellTimeoutError) as problem:
-            late = isinstance(problem, CellTimeoutError)
-            why = f"was stopped after {limit} s" if late else "ended its kernel"
-            first = cell.get("source", "").strip().split("\n")[0]
-            error = f"the cell {first!r} {why}"
+    manager = kernel_manager(sockets, run.threads, provisioner)
+    braces = {123: "{{", 125: "}}"}  # what stands in one, papermill fills in
+    try:
+        done = papermill.execute_notebook(
+            str(run.notebook).translate(braces),
+            str(scratch / NOTEBOOK).translate(braces),
+            run.parameters,
+            kernel_name="python3",
+            language="python",
+            cwd=ROOT,
+            progress_bar=progress,
+            kernel_manager_class=manager,
+            timeout_func=lambda _: max(1, limit - time.perf_counter() + started),
+            on_cell_start=lambda cell_index, **now: cell.update(now["cell"]),
+            on_cell_executed=manager.watch,
+        )
+        rows, facts = entered(done)
+    except papermill.PapermillExecutionError as problem:
+        where, why = f"In [{problem.exec_count}]", f"{problem.ename}: {problem.evalue}"
+        error = f"{where} failed with {why}"
+    except (DeadKernelError, CellTimeoutError) as problem:
+        late = isinstance(problem, CellTimeoutError)
+        why = f"was stopped after {limit} s" if late else "ended its kernel"
+        first = cell.get("source", "").strip().split("\n")[0]
+        error = f"the cell {first!r} {why}"
     return {
         "fingerprint": run.fingerprint,
         "parameters": run.parameters,
@@ -358,7 +418,7 @@ def _execute(run, target, limit, provisioner, progress):
         "facts": facts,
         "seconds": round(time.perf_counter() - started, 2),
         "peak_gb": round(manager.peak / 2**30, 3),
-        "made": environment() | {"threads": run.threads},
+        "made": store.environment() | {"threads": run.threads},
     }
 
 
@@ -371,15 +431,9 @@ def findings_of(notebook) -> list[dict]:
 
 def entered(notebook) -> tuple[list[dict], dict]:
     """Rows and facts that an executed notebook has entered by
-    :func:`icl_book.page.result`; if it has not, its findings in one row."""
+    :func:`icl_book.page.result`."""
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
-    found = [o["data"][RESULT] for o in outputs if RESULT in o.get("data", {})]
-    rows = [row for part in found for row in part["rows"]]
-    values = {}
-    for finding in [] if rows else findings_of(notebook):
-        name = finding["statement"]
-        values[name] = finding["verdict"]
-        parts = finding.keys() & {"mean", "low", "high"}
-        values |= {f"{name}, {part}": finding[part] for part in sorted(parts)}
-    facts = {name: value for part in found for name, value in part["facts"].items()}
-    return rows or ([values] if values else []), facts
+    data = [output.get("data", {}) for output in outputs]
+    found = [part[store.RESULT] for part in data if store.RESULT in part]
+    rows = [{**row} for part in found for row in part["rows"]]
+    return rows, {name: v for part in found for name, v in part["facts"].items()}

@@ -5,17 +5,17 @@ import datetime
 import html
 import io
 import json
-import os
-import platform
 import time
-from importlib.metadata import version
+from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
-from IPython.display import HTML, display
+from IPython import get_ipython
+from IPython.display import HTML, Markdown, display
 
-from icl_book.store import RESULT, commit
+from icl_book.store import COSTS, MADE, RESULT, ROOT, environment, read_table
 
 #: How much is run, from seconds (tests) and a minute (reading) to the whole protocol.
 SCALES = ("smoke", "laptop", "paper")
@@ -39,19 +39,20 @@ TASK_NAMES = dict(
     sst2="SST2", sst5="SST5", mr="MR", subj="Subj", agnews="AGNews", cb="CB"
 )
 
+#: Models as figures and tables name them; others go by their own names.
+MODEL_NAMES = {"smollm2-135m": "SmolLM2-135M"}
+
 _opened = {}
 _checks = []
 _findings = []
 
 
 def begin(scale: str, seed: int = 0):
-    """Open a chapter: check its scale, seed everything, set the figures' style.
-
-    Raises:
-        ValueError: ``scale`` is not one of ``SCALES``.
-    """
+    """Open a chapter: check its parameters, seed everything, set the figures' style."""
     import torch  # seconds, which not every experiment needs
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
 
+    _check_parameters()
     if scale not in SCALES:
         raise ValueError(f"scale {scale!r} is not one of {', '.join(SCALES)}")
     _checks.clear()
@@ -60,11 +61,20 @@ def begin(scale: str, seed: int = 0):
     np.random.seed(seed)  # noqa: NPY002  (for libraries that draw from it)
     torch.manual_seed(seed)
     plt.style.use("icl_book.book")
-    try:
-        from matplotlib_inline.backend_inline import set_matplotlib_formats
-    except ImportError:
-        return
     set_matplotlib_formats("svg", metadata={"Date": None})
+
+
+def _check_parameters():
+    """Refuse what papermill was given by hand: it injects any name and any value."""
+    shell = get_ipython()
+    cells = shell.user_ns.get("In", []) if shell else []
+    if len(cells) > 2 and cells[2].startswith("# Parameters\n"):
+        from icl_book.execute import check_values, parameters_in
+
+        given = {}
+        exec(cells[2], {}, given)
+        known = parameters_in(nbformat.v4.new_code_cell(cells[1]), "this notebook")
+        check_values(known, given, "this notebook")
 
 
 def check(claim, got, expected=0.0, tolerance=0.0) -> None:
@@ -76,13 +86,13 @@ def check(claim, got, expected=0.0, tolerance=0.0) -> None:
         expected: what ``got`` should be (array or number).
         tolerance: the largest allowed absolute difference. 0 asks for equality.
 
-    Raises:
-        AssertionError: some difference exceeds the tolerance or is NaN.
     """
     got, expected = (
         np.asarray(v.detach().cpu() if hasattr(v, "detach") else v, dtype=float)
         for v in (got, expected)
     )
+    if expected.size != 1 and np.broadcast(got, expected).shape != got.shape:
+        raise ValueError(f"{claim}: expected is {expected.shape}, got {got.shape}")
     error = float(np.max(np.abs(got - expected))) if got.size else float("nan")
     holds = error <= tolerance
     if got.size == 1:
@@ -93,6 +103,29 @@ def check(claim, got, expected=0.0, tolerance=0.0) -> None:
     print(f"{'✓' if holds else '✗'} {line}")
     assert holds, f"the check does not hold: {line}"
     _checks.append((claim, error, tolerance))
+
+
+def rows_of(name: str, model: str) -> pd.DataFrame:
+    """Rows of a table in ``results/`` of a model, and a line that says whose they are.
+
+    A model that has no rows, or not for all tasks, gets those of the built-in one, and
+    a note how to make its own.
+    """
+    from icl.models import DEFAULT
+
+    table, _ = read_table(name)
+    own = Path(model).stem if (ROOT / model).exists() else model
+    own = "" if own == DEFAULT != model else own  # another, in a folder of that name
+    theirs, mine = (table[table.model == name] for name in (DEFAULT, own))
+    if missing := {*theirs.task} - {*mine.task}:
+        note = f"""> **The table {name} has no rows of {model}** for
+        {", ".join(sorted(missing))}. What follows is of {DEFAULT}. To make rows of your
+        model, write `model: {model}` under `fixed:` in `experiments/{name}.yaml`, and
+        run `make table NAME={name} OPTIONS=--only-missing`."""
+        display(Markdown(" ".join(note.split())))
+        mine = theirs
+    print(f"results/{name}.csv: {mine.model.iloc[0]}")
+    return mine
 
 
 def verdict(interval, side="above", bar=0.0) -> str:
@@ -118,7 +151,7 @@ def finding(
     on="",
     form="+.3f",
 ) -> str:
-    """Enter what this page says of a claim into the book's scoreboard.
+    """Enter what this page says of a claim into the book's scoreboard; the verdict.
 
     Exactly one of ``above``, ``below`` and ``checked`` says how it is judged.
 
@@ -132,13 +165,6 @@ def finding(
         published: the number that the source gives, if it gives one.
         on: model and data.
         form: format of the numbers.
-
-    Returns:
-        the verdict.
-
-    Raises:
-        ValueError: not exactly one rule, an interval that is none, or a check that
-            has not been made on this page.
     """
     from myst_nb import glue  # seconds, both of them
 
@@ -163,6 +189,8 @@ def finding(
         if not -np.inf < low <= mean <= high < np.inf:
             raise ValueError(f"{statement!r}: {low} .. {high} is no interval of {mean}")
         side, bar = ("above", above) if below is None else ("below", below)
+        if not np.isfinite(bar):
+            raise ValueError(f"{statement!r}: {side}={bar} is no number to compare to")
         row |= {"mean": mean, "low": low, "high": high, "bar": float(bar)}
         row |= {"side": side, "here": f"{found:{form}}"}
         row["verdict"] = verdict(found, side, bar)
@@ -180,18 +208,21 @@ def result(*rows, facts=None, **columns) -> None:
         columns: by name, what stands in every row. Entries are numbers, words,
             ``True``, ``False``, ``None``, or lists of these; one that is not finite
             is entered as missing.
-
-    Raises:
-        ValueError: some other entry.
     """
-    found = [
-        {name: _entry(name, value) for name, value in (columns | row).items()}
-        for row in rows or [{}]
-    ]
+    found, facts = (
+        [_entries(columns | row) for row in rows or [{}]],
+        _entries(facts or {}),
+    )
+    if taken := ({*COSTS} & {*()}.union(*found)) | (MADE & facts.keys()):
+        raise ValueError(f"{', '.join(sorted(taken))}: the runner enters that; rename")
     shown = "\n".join(f"{name} = {value}" for name, value in found[0].items())
     shown += f"\n... {len(found)} rows" if len(found) > 1 else ""
-    entered = {"rows": found, "facts": facts or {}}
+    entered = {"rows": found, "facts": facts}
     display({RESULT: entered, "text/plain": shown}, raw=True)
+
+
+def _entries(part):
+    return {name: _entry(name, value) for name, value in part.items()}
 
 
 def _entry(name, value):
@@ -217,15 +248,9 @@ def findings() -> pd.DataFrame:
 def subplot_grid(count: int):
     """A figure of ``count`` small panels, three a row: ``(figure, axes)``."""
     rows = -(-count // 3)
-    fig, axes = plt.subplots(
-        rows,
-        min(count, 3),
-        figsize=(7, 0.6 + 1.9 * rows),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size, look = (7, 0.6 + 1.9 * rows), {"squeeze": False, "layout": "constrained"}
+    look |= {"sharex": True, "sharey": True, "figsize": size}
+    fig, axes = plt.subplots(rows, min(count, 3), **look)
     for ax in axes.flat[count:]:
         ax.remove()
     return fig, axes.flat[:count]
@@ -282,11 +307,8 @@ def end(**parameters) -> pd.DataFrame:
         **parameters,
         "scale": _opened["scale"],
         "seed": _opened["seed"],
-        "commit": commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} torch threads",
-        "Python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "numpy")},
+        **environment(),
+        "torch threads": torch.get_num_threads(),
         "run on": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "seconds": f"{time.perf_counter() - _opened['started']:.0f}",
     }

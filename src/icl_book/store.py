@@ -21,6 +21,10 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parents[2]
 FORMAT = 1  # of the tables; raised when a column changes its meaning
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
+COSTS = ("seconds", "peak_gb", "fingerprint")  # columns of a sweep's table
+MADE = {"command", "format", "runs", "commit", "python", "machine", "threads"} | {
+    *PACKAGES
+}  # facts of every table's record
 #: The type of a notebook's output that holds rows for a table.
 RESULT = "application/vnd.icl.result+json"
 NOTEBOOK, RECORD = "run.ipynb", "record.json"
@@ -35,9 +39,6 @@ def write_atomically(path: Path, content: str | bytes):
     """Write a file so that a reader sees the old or the new one, whole.
 
     It is on the disk before it has its name, so this holds after a power cut too.
-
-    Raises:
-        OSError: it cannot be written; the old one is unchanged.
     """
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
@@ -52,16 +53,22 @@ def write_atomically(path: Path, content: str | bytes):
 
 def commit() -> str:
     """The checkout's commit, "-dirty" after it if code differs, or "unknown"."""
-    git = ["git", "-C", str(ROOT)]
-    head, status = ["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "src"]
+    code = ["src", "experiments", "book/*.ipynb"]
+    stray = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR"}
+    own = {name: value for name, value in os.environ.items() if name not in stray}
+
+    def git(*what):
+        command = ["git", "-C", str(ROOT), *what]
+        options = {"capture_output": True, "text": True, "check": True, "env": own}
+        return subprocess.run(command, **options).stdout.strip()
+
     try:
-        found = [
-            subprocess.run([*git, *what], capture_output=True, text=True, check=True)
-            for what in (head, status)
-        ]
+        if git("rev-parse", "--show-prefix"):  # ROOT lies inside of another checkout
+            return "unknown"
+        head = git("rev-parse", "--short=12", "HEAD")
+        return head + ("-dirty" if git("status", "--porcelain", "--", *code) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found[0].stdout.strip() + ("-dirty" if found[1].stdout.strip() else "")
 
 
 def environment() -> dict[str, str]:
@@ -81,12 +88,16 @@ def _seal(record):
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
+def _digest_of(folder):
+    return hashlib.sha256((folder / NOTEBOOK).read_bytes()).hexdigest()
+
+
 def save_run(folder: Path, scratch: Path, record: dict):
     """Give a scratch folder with an executed notebook its record and its name.
 
     What a failed or damaged run left in ``folder`` is replaced.
     """
-    record = record | {"notebook_bytes": (scratch / NOTEBOOK).stat().st_size}
+    record = record | {"notebook": _digest_of(scratch)}
     record = json.loads(json.dumps(record, allow_nan=False))
     text = json.dumps({"sha256": _seal(record), **record}, indent=1)
     write_atomically(scratch / RECORD, text)
@@ -101,7 +112,7 @@ def read_run(folder: Path) -> tuple[str, dict]:
     try:
         record = json.loads((folder / RECORD).read_bytes())
         whole = record.pop("sha256") == _seal(record)
-        whole &= (folder / NOTEBOOK).stat().st_size == record["notebook_bytes"]
+        whole &= _digest_of(folder) == record["notebook"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
@@ -149,15 +160,11 @@ def collect(runs, key: list[str], path: Path, command: str, costs=False):
     Rows of other keys stay. Several processes may collect into one table.
 
     Args:
-        runs: of :class:`icl_book.execute.Run`; those not finished are left out.
         key: parameters that are columns of the table and tell runs apart. A row may
             give one of them another value.
         path: of the CSV file.
         command: that made the runs, for the record.
         costs: add columns of seconds, memory and fingerprints.
-
-    Returns:
-        the ``DataFrame``.
     """
     rows, parts = [], {}
     for status, record in (read_run(run.folder) for run in runs):
@@ -165,8 +172,7 @@ def collect(runs, key: list[str], path: Path, command: str, costs=False):
             named = {name: record["parameters"][name] for name in key}
             facts = json.dumps([record["made"], record["facts"]], sort_keys=True)
             parts.setdefault(facts, []).append(key_of(named, key))
-            paid = ("seconds", "peak_gb", "fingerprint") if costs else ()
-            paid = {name: record[name] for name in paid}
+            paid = {name: record[name] for name in COSTS} if costs else {}
             rows += [named | row | paid for row in record["rows"]]
     if not rows:
         return read_table(path)[0] if path.is_file() else pd.DataFrame()

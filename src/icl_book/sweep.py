@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -20,35 +21,20 @@ from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 
+import distributed
 import yaml
 from dask.system import CPU_COUNT
-from distributed import (
-    Client,
-    KilledWorker,
-    Nanny,
-    Reschedule,
-    Scheduler,
-    SpecCluster,
-    as_completed,
-    get_worker,
-)
 from distributed.comm import CommClosedError
 
-from icl_book.execute import Run, inputs, plan, read_parameters, run_once
+from icl_book import execute, store
+from icl_book.execute import Run, inputs, plan, read_parameters
 from icl_book.forkserver import provisioner
-from icl_book.store import (
-    ROOT,
-    BookError,
-    collect,
-    key_of,
-    keys_in,
-    read_run,
-    write_atomically,
-)
+from icl_book.store import ROOT, BookError, read_run
 
 RETRIES = 2  # of a run whose kernel did not start; Dask's own
 REFUSED = "icl-refused"  # Dask's topic of workers that differ
-GRID = {"notebook", "threads", "limit", "key", "fixed", "vary", "exclude"}
+FORMS = dict(notebook=str, threads=int, limit=int | float, key=list, exclude=list)
+GRID = {*FORMS, "fixed", "vary"}
 
 
 # -- the grid ------------------------------------------------------------------------
@@ -58,20 +44,18 @@ def read_grid(path: Path) -> dict:
     """A grid file, checked: ``notebook, runs, varied, key, threads, limit``.
 
     ``runs`` are the parameters of each run; ``varied`` the names of those that differ.
-    The files in ``experiments/`` show the form.
-
-    Raises:
-        BookError: no such file or notebook, a parameter or value that the notebook
-            does not take, or a grid without a run.
     """
     try:
-        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+        grid = yaml.load(path.read_text(encoding="utf-8"), execute.Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise BookError(f"{path} cannot be read: {error}") from None
     if not isinstance(grid, dict) or grid.keys() - GRID or "notebook" not in grid:
         strange = ", ".join(map(str, grid)) if isinstance(grid, dict) else repr(grid)
         known = ", ".join(sorted(GRID))
         raise BookError(f"{path} has {strange}; a grid has a notebook, of {known}")
+    for name, kind in FORMS.items():
+        if name in grid and (not isinstance(grid[name], kind) or grid[name] is True):
+            raise BookError(f"{path}: {name} is {grid[name]!r}, and must be {kind}")
     notebook = path.parent / grid["notebook"]
     if not notebook.is_file():
         raise BookError(f"{path}: there is no notebook {notebook}")
@@ -87,10 +71,10 @@ def read_grid(path: Path) -> dict:
             if not any(all(run[n] in some for n, some in r.items()) for r in excluded):
                 runs[json.dumps(run)] = run
     runs, key = list(runs.values()), grid.get("key", list(known))
-    if strange := {*key} - {*known}:
-        raise BookError(f"{path}: key has {', '.join(strange)}, no parameters")
+    if strange := [name for name in key if str(name) not in known]:
+        raise BookError(f"{path}: key has {strange[0]}, which is no parameter")
     threads, limit = grid.get("threads", 1), grid.get("limit", 24 * 3600)
-    if not runs or type(threads) is not int or threads < 1 or not limit > 0:
+    if not runs or threads < 1 or not 0 < limit < math.inf:
         raise BookError(f"{path}: needed are a run, a thread and a second, at least")
     varied = [n for n in known if any(run[n] != runs[0][n] for run in runs)]
     varied = {"runs": runs, "varied": varied or list(known), "key": key}
@@ -101,22 +85,17 @@ def _lists(known, part, path):
     """The values of each parameter as a list, checked against the notebook's cell."""
     if not isinstance(part, dict):
         raise BookError(f"{path}: {part!r} is no list of parameters")
-    lists = {}
+    lists, base = {}, path.parent
     for name, values in part.items():
-        if name not in known:
-            there = ", ".join(known)
-            raise BookError(f"{path}: no parameter {name!r}; there are {there}")
-        kind = type(known[name].default)
+        kind = type(known[name].default) if name in known else None
         whole = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", str(values))
         if whole and kind is int:
             values = list(range(int(whole[1]), int(whole[2]) + 1))
         one = not isinstance(values, list)
         if one or (values and kind is list is not type(values[0])):
             values = [values]
-        try:
-            lists[name] = [known[name].check(value) for value in values]
-        except ValueError as error:
-            raise BookError(f"{path}: {error}") from None
+        found = [execute.check_values(known, {name: one}, path, base) for one in values]
+        lists[name] = [given[name] for given in found]
     return lists
 
 
@@ -135,30 +114,36 @@ def dry_run(grid: dict, folder: Path, workers: int):
     if seconds:
         left = sum(seconds) / len(seconds) * (len(found) - len(seconds)) / workers
         log(f"about {left / 60:.0f} min by {workers} workers")
+    else:
+        log("how long they take is not known before one is finished")
 
 
 # -- one run, on a worker ------------------------------------------------------------
+
+
+IN_MEMORY = "package", "versions", "model"  # of the inputs, what a process holds
+_held = {}  # by this worker: their hashes
 
 
 def run_one(run: Run, limit: float, wanted: dict) -> dict:
     """Make one run, a task of Dask's, unless its result is there by now.
 
     A worker that differs from where the sweep was started (it may have joined later)
-    leaves the cluster, and Dask reschedules the run.
-
-    Returns:
-        ``{"status": "finished" | "failed" | "unwritable", "error": ...}``.
-
-    Raises:
-        RuntimeError: no kernel could be started; another try may do.
+    leaves the cluster, and Dask reschedules the run. One that holds the code or the
+    model of an earlier sweep, changed since, starts anew.
     """
-    worker = get_worker()
+    worker = distributed.get_worker()
+    names = [name for name in wanted if name.startswith(IN_MEMORY)]
+    if any(_held.setdefault(name, wanted[name]) != wanted[name] for name in names):
+        close = worker.close_gracefully  # its nanny starts another
+        worker.loop.add_callback(close, restart=True, reason="it holds older content")
+        raise distributed.Reschedule
     if differs := differences(run, wanted):
-        worker.log_event(REFUSED, f"{worker.address}: another {differs}")
+        worker.log_event(REFUSED, f"{worker.address} leaves: another {differs}")
         worker.loop.add_callback(worker.close, executor_wait=False, reason=differs)
-        raise Reschedule
+        raise distributed.Reschedule
     try:
-        run_once(run, limit, provisioner(run))
+        execute.run_once(run, limit, provisioner(run))
     except BookError as error:
         return {"status": "failed", "error": str(error)}
     except OSError as error:
@@ -167,10 +152,7 @@ def run_one(run: Run, limit: float, wanted: dict) -> dict:
 
 
 def differences(run: Run, wanted: dict, dask_worker=None) -> str:
-    """Which :func:`icl_book.execute.inputs` of a run are others here, "" if none are.
-
-    On a worker that Dask names, its number of threads counts too.
-    """
+    """Which inputs of a run are others on this worker, "" if none are."""
     if not os.access(run.folder.parent, os.W_OK):
         return f"view of {run.folder.parent}: it cannot write there"
     found = inputs(run.notebook, [run.parameters.get("model")], run.threads)
@@ -181,12 +163,8 @@ def differences(run: Run, wanted: dict, dask_worker=None) -> str:
 
 
 def check_workers(client, runs: list[Run], wanted: dict, timeout=30):
-    """Compare every worker with this process, before the first run.
-
-    Raises:
-        BookError: there is none after ``timeout`` seconds, or one has other code, data
-            or models, several threads, or cannot write to the folder; each is named.
-    """
+    """Compare every worker with this process, before the first run; BookError names
+    those that differ, have several threads or cannot write to the folder."""
     try:
         client.wait_for_workers(1, timeout=timeout)
     except TimeoutError:
@@ -210,11 +188,7 @@ def connect(scheduler=None, scheduler_file=None, workers=None, threads=1, timeou
         scheduler, scheduler_file: its address, or a file that it has written.
         workers: processes on this machine; default one for each GPU, or for each
             ``threads`` cores.
-        threads: that a run computes with.
         timeout: seconds that the scheduler has to answer.
-
-    Raises:
-        BookError: it does not.
     """
     if scheduler_file is not None:  # Dask would wait for one that is not there
         try:
@@ -225,10 +199,9 @@ def connect(scheduler=None, scheduler_file=None, workers=None, threads=1, timeou
         if scheduler is None:
             scheduler = stack.enter_context(_local_cluster(workers, threads))
         try:
-            client = Client(scheduler, timeout=timeout)
+            client = distributed.Client(scheduler, timeout=timeout)
         except (OSError, TimeoutError, ValueError) as error:
-            why = str(error).split("\n")[0] or type(error).__name__
-            why = f"within {timeout} s ({why})"
+            why = f"within {timeout} s ({type(error).__name__})"
             raise BookError(f"no Dask scheduler answers at {scheduler} {why}") from None
         yield stack.enter_context(client)
 
@@ -244,13 +217,14 @@ def _local_cluster(workers, threads):
     spec = {}
     for n in range(workers or len(gpus) or max(1, CPU_COUNT // threads)):
         own = {"CUDA_VISIBLE_DEVICES": gpus[n % len(gpus)]} if gpus else {}
-        spec[n] = {"cls": Nanny, "options": options | {"env": own}}
+        spec[n] = {"cls": distributed.Nanny, "options": options | {"env": own}}
     listens = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
-    return SpecCluster(spec, {"cls": Scheduler, "options": listens}, **quiet)
+    scheduler = {"cls": distributed.Scheduler, "options": listens}
+    return distributed.SpecCluster(spec, scheduler, **quiet)
 
 
 def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options):
-    """Make the runs of a grid that are not made yet.
+    """Make the runs of a grid that are not made yet; whether all are finished.
 
     Args:
         grid: from :func:`read_grid`.
@@ -258,22 +232,16 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
         retry_failed: make those again that failed, too.
         skip: keys of runs that are not wanted (:func:`icl_book.store.key_of`).
         timeout, options: as for :func:`connect`.
-
-    Returns:
-        whether all wanted runs are finished.
-
-    Raises:
-        BookError: it cannot begin or go on; the same call resumes where it stopped.
     """
-    folder, runs = folder.resolve(), expand(grid, folder.resolve())
+    runs = expand(grid, folder)
     source = folder / f"{grid['notebook'].stem}.{runs[0].fingerprint}.ipynb"
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
-        write_atomically(source, grid["notebook"].read_bytes())
+        store.write_atomically(source, grid["notebook"].read_bytes())
     except OSError as error:
         raise BookError(f"{folder} cannot be written to: {error}") from None
     runs = [replace(run, notebook=source) for run in runs]
-    runs = [run for run in runs if key_of(run.parameters, grid["key"]) not in skip]
+    runs = [r for r in runs if store.key_of(r.parameters, grid["key"]) not in skip]
     found = [(run, read_run(run.folder)[0]) for run in runs]
     log(f"{len(runs)} runs: {_count(status for _, status in found)}; in {folder}")
     for run, status in found:
@@ -283,15 +251,20 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
     todo = [run for run, status in found if status in again]
     todo.sort(key=lambda run: str(run.parameters.get("model")))  # loaded once for each
     models = {run.parameters.get("model") for run in todo}
-    wanted = inputs(source, models, grid["threads"])
-    while todo:
-        with connect(threads=grid["threads"], timeout=timeout, **options) as client:
-            check_workers(client, todo, wanted, timeout)
-            client.subscribe_topic(REFUSED, lambda e: log(f"cannot take part: {e[1]}"))
-            log(f"{client.scheduler.address}, dashboard {client.dashboard_link}")
-            todo = _carry_out(client, todo, {"limit": grid["limit"], "wanted": wanted})
-        if todo:
-            log("the scheduler has gone; waiting for it to come back")
+    wanted, begun = inputs(source, models, grid["threads"]), todo
+    given = {"limit": grid["limit"], "wanted": wanted}
+    try:
+        while todo:
+            with connect(threads=grid["threads"], timeout=timeout, **options) as client:
+                check_workers(client, todo, wanted, timeout)
+                client.subscribe_topic(REFUSED, lambda event: log(event[1]))
+                log(f"{client.scheduler.address}, dashboard {client.dashboard_link}")
+                todo = _carry_out(client, todo, given)
+            if todo:
+                log("the scheduler has gone; waiting for it to come back")
+    finally:  # what workers had begun when they were killed
+        for run in begun:
+            execute.remove_scratch(run)
     found = [(run, *read_run(run.folder)) for run in runs]
     failed = [(run, record) for run, status, record in found if status != "finished"]
     for run, record in failed:
@@ -304,20 +277,21 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
 
 def _carry_out(client, todo, options):
     """Make runs; those are returned whose scheduler went away."""
-    start, count, lost = time.perf_counter(), Counter(), []
+    start = told = time.perf_counter()
+    count, lost = Counter(), []
     names = [f"run-{start}-{n:06}" for n in range(len(todo))]
     futures = client.map(run_one, todo, key=names, retries=RETRIES, **options)
     waiting = dict(zip(futures, todo, strict=True))
-    for future in as_completed(futures):
+    for future in distributed.as_completed(futures):
         run = waiting.pop(future)
         try:
             outcome = future.result()
         except (CancelledError, CommClosedError):
             lost.append(run)
             continue
-        except (KilledWorker, RuntimeError) as error:
+        except Exception as error:  # of this run alone
             outcome = {"status": "failed", "error": str(error)}
-            log(f"{run.label()}: {error}")
+            log(f"{run.label()}: {type(error).__name__}: {error}")
         if outcome["status"] == "unwritable":
             raise BookError(
                 f"a result cannot be written: {outcome['error']}. Make room, and give "
@@ -325,9 +299,13 @@ def _carry_out(client, todo, options):
             )
         count[outcome["status"]] += 1
         future.release()
-        if sys.stdout.isatty():
-            left = (time.perf_counter() - start) / count.total() * len(waiting)
-            log(f"\r{_count(count.elements())}; {left / 60:.0f} min left  ", end="")
+        now, terminal = time.perf_counter(), sys.stdout.isatty()
+        left = (now - start) / count.total() * len(waiting)
+        line = f"{_count(count.elements())}; {left / 60:.0f} min left"
+        if terminal or not waiting or now - told > 60:
+            end = "" if terminal and waiting else "\n"
+            log(f"\r{line}  " if terminal else line, end)
+            told = now
     return lost
 
 
@@ -341,7 +319,7 @@ def log(text, end="\n"):
 
 
 def make_table(path: Path, folder=None, table=None, only_missing=False, **options):
-    """Sweep a grid and collect the rows of its runs.
+    """Sweep a grid and collect the rows of its runs; whether all are finished.
 
     Args:
         path: of the grid.
@@ -350,16 +328,14 @@ def make_table(path: Path, folder=None, table=None, only_missing=False, **option
             have their costs too.
         only_missing: leave out runs of which the table has rows.
         options: as for :func:`sweep`.
-
-    Returns:
-        whether all wanted runs are finished.
     """
     grid = read_grid(path)
     folder = (folder or ROOT / "_build" / "sweeps" / path.stem).resolve()
     target = table or folder / f"{path.stem}.csv"
-    skip = keys_in(target, grid["key"]) if only_missing else ()
+    skip = store.keys_in(target, grid["key"]) if only_missing else ()
     runs, command = expand(grid, folder), f"python -m icl_book sweep {path}"
     try:
         return sweep(grid, folder, skip=skip, **options)
     finally:
-        collect(runs, grid["key"], target, command, costs=table is None)
+        rows = store.collect(runs, grid["key"], target, command, costs=table is None)
+        log(f"{len(rows)} rows: icl_book.store.read_table({str(target)!r})")

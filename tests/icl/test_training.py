@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
+from transformers import GPT2LMHeadModel
 
 from icl.attention import rates
 from icl.training import (
@@ -144,7 +146,8 @@ def test_a_killed_run_resumes_to_the_bit(tokens, straight, tmp_path, stop_at):
     assert run(model, tokens, tmp_path) == straight[1]
     for ours, theirs in zip(model.parameters(), straight[0].parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    names = {"checkpoint.safetensors", "config.json", "generation_config.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {*names, "model.safetensors"}
     whole = (straight[2] / "checkpoint.safetensors").read_bytes()
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == whole
     assert run(small(), tokens, tmp_path, report=pytest.fail) == straight[1]
@@ -223,6 +226,37 @@ def test_a_loss_that_diverges_stops_and_keeps_the_last_checkpoint(tokens, tmp_pa
     assert all(p.isfinite().all() for n, p in kept.items() if not n.startswith("adam"))
 
 
+def test_a_gradient_that_is_not_finite_is_not_applied(tokens, tmp_path):
+    """The loss of the step is finite, and so are all checkpoints."""
+    model, config = small(), changed(CONFIG, save_every=1, evaluate_every=1)
+
+    def spoil(gradient):
+        step = state_of(tmp_path)["step"] if any(tmp_path.iterdir()) else 0
+        return gradient * (math.inf if step == 2 else 1)
+
+    model.transformer.wpe.weight.register_hook(spoil)
+    with pytest.raises(FloatingPointError, match="gradient .* step 3"):
+        run(model, tokens, tmp_path, config)
+    assert state_of(tmp_path)["step"] == 2
+    kept = load_file(tmp_path / "checkpoint.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+def test_a_trained_model_is_read_by_transformers(tokens, straight):
+    again = GPT2LMHeadModel.from_pretrained(straight[2]).eval()
+    ids = torch.tensor(tokens[:LENGTH])[None]
+    torch.testing.assert_close(again(ids).logits, straight[0](ids).logits)
+
+
+def test_progress_begins_with_the_first_step(tokens, tmp_path):
+    lines = []
+    run(small(), tokens, tmp_path, report=lines.append)
+    assert lines[0].startswith("step 1/6")
+    assert "min left" in lines[0]
+    assert len(lines) == 4
+
+
 def test_what_does_not_fit_is_refused_at_once(tokens, tmp_path):
     with pytest.raises(ValueError, match="300"):
         text_batches(tokens, 4, 300)
@@ -247,11 +281,22 @@ def test_what_does_not_fit_is_refused_at_once(tokens, tmp_path):
         ("warm_up", -1),
         ("learning_rate", math.nan),
         ("learning_rate", 0.0),
+        ("clip", math.nan),
+        ("clip", 0.0),
+        ("weight_decay", -1.0),
+        ("weight_decay", math.nan),
     ],
 )
 def test_a_config_says_what_is_wrong(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}"):
         TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["steps", "batch", "warm_up"])
+def test_counts_are_whole(name):
+    given = SimpleNamespace(**vars(CONFIG) | {name: 2.5})  # past the annotations
+    with pytest.raises(ValueError, match=f"{name}=2.5"):
+        TrainConfig.__post_init__(given)
 
 
 def test_another_runs_checkpoint_is_refused(tokens, straight):

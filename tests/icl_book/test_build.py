@@ -98,6 +98,12 @@ def test_no_page_shows_an_error_or_a_bar(pages):
         assert not page.select(".stderr"), f"{path.name} shows a stderr stream"
 
 
+def test_nothing_published_names_a_folder_of_this_machine(html):
+    for path in html.rglob("*"):
+        if path.is_file():
+            assert str(ROOT).encode() not in path.read_bytes(), path
+
+
 def test_no_tex_is_left_as_text(html):
     for path in sorted((html / "book").glob("*.html")):
         article = BeautifulSoup(path.read_text(), "html.parser").find("article")
@@ -134,7 +140,7 @@ def test_execution_page_has_every_chapter_from_its_run(html, pages):
     rows = [row for row in rows if row]
     assert len(rows) == len(chapters())
     for row, name in zip(rows, chapters(), strict=True):
-        _, run = run_page(chapter_path(name), "smoke")
+        _, run = run_page(chapter_path(name), {"scale": "smoke"})
         assert row[1:] == ["smoke", f"{run['seconds']:.0f}", f"{run['peak_gb']:.1f}"]
 
 
@@ -163,6 +169,7 @@ def test_prose_may_be_newer_than_the_run(tmp_path):
     output = nbformat.v4.new_output("display_data", {"text/plain": "2"})
     done = nbformat.v4.new_notebook(cells=[*cells[:2], injected, cells[2].copy()])
     done.cells[-1].outputs = [output]
+    done.metadata["papermill"] = {"input_path": str(source)}
     nbformat.write(done, run)
     cells[0].source = "# New"
     cells[2].metadata["mystnb"] = {"figure": {"caption": "newer"}}
@@ -172,12 +179,13 @@ def test_prose_may_be_newer_than_the_run(tmp_path):
     shown = [cell.source for cell in page.cells]
     assert shown == ["# New", "a: int = 1  # n", "a = 2", "Between", "a"]
     assert page.cells[-1].outputs == [output]
+    assert str(tmp_path) not in nbformat.writes(page)
     assert page.cells[-1].metadata.mystnb.figure.caption == "newer"
 
 
 def test_a_chapter_says_what_its_run_took(html, pages):
     for name in chapters():
-        _, run = run_page(chapter_path(name), "smoke")
+        _, run = run_page(chapter_path(name), {"scale": "smoke"})
         badges = pages[html / "book" / f"{name}.html"].select("h1 + p .sd-badge")
         said = [badge.get_text() for badge in badges]
         assert said[:2] == [f"{run['seconds']:.0f} s", f"{run['peak_gb']:.1f} GB"]
@@ -187,7 +195,7 @@ def test_verdicts_of_the_book_follow_from_its_numbers():
     """What the executed chapters say, judged again from their intervals."""
     rows = []
     for name in chapters():
-        run, _ = run_page(chapter_path(name), "smoke")
+        run, _ = run_page(chapter_path(name), {"scale": "smoke"})
         rows += findings_of(json.loads((run.folder / NOTEBOOK).read_text()))
     assert len(rows) >= 60
     tested = {row["claim"] for row in rows}

@@ -64,8 +64,16 @@ def test_parameters(name):
     assert parameters["scale"].default == "laptop"
     for parameter in parameters.values():
         assert len(parameter.help) > 3, f"{parameter.name} has no help"
+        number = type(parameter.default) in (int, float)
+        assert parameter.allowed or not number, f"{parameter.name} has no range"
     if "task" in parameters:  # a chapter of synthetic data has none
         assert set(parameters["task"].allowed) <= {*tasks.PAPER_TASKS, *tasks.KIN}
+
+
+def test_tables_are_read_of_the_model_that_is_asked_for(book):
+    """By ``page.rows_of``, which says whose rows they are."""
+    for cell in code(book):
+        assert not re.search(r"model.{,4}== .?smollm2", cell.source), cell.source
 
 
 def test_lines_of_code_fit_the_page(book):

@@ -1,11 +1,14 @@
 """Runs of a small notebook, in a small repository that each test makes."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from pathlib import Path
 
 import nbformat
 import psutil
@@ -103,12 +106,17 @@ def test_values_get_their_type(notebook):
         ("steps=2.5", "int"),
         ("steps=many", "int"),
         ("steps=true", "int"),
+        ("steps=010", "int"),  # not 8
+        ("steps=1:30", "int"),  # not 90
+        ("steps=0.9", "int"),
         ("rate=fast", "float"),
         ("rate=true", "float"),
         ("rate=1.5", r"0\.0\.\.1\.0"),
         ("rate=nan", "finite"),
         ("rate=inf", "finite"),
-        ("rate=-.inf", "finite"),
+        ("rate=-.inf", "float"),
+        ("rate=1e999", "finite"),
+        ("words=[2026-01-01]", "JSON"),
         ("words=b", "list"),
         ("loud=3", "bool"),
         ("colour=red", "scale=laptop"),
@@ -141,6 +149,39 @@ def test_ranges_of_floats_and_negative_numbers(root):
     assert known["a"].allowed == (-0.1, 2500.0)
     assert known["b"].allowed == (-5, -1)
     assert (known["a"].help, known["b"].help) == ("wide", "low")
+
+
+def test_a_path_counts_from_where_it_is_given(root, monkeypatch):
+    line = 'model: str = "hub/id"  # name'
+    notebook = write(root / "one.ipynb", parameters=line)
+    folders = root / "models" / "tiny", root / "home" / "mine"
+    for folder in folders:
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(root / "home"))
+    monkeypatch.chdir(root / "models")
+    outside = root.parent / f"{root.name}-outside"
+    outside.mkdir()
+    for given, found in {
+        "tiny": "models/tiny",
+        "../models/tiny": "models/tiny",
+        "~/mine": "home/mine",
+        f"../../{outside.name}": str(outside),
+        "models/tiny": "models/tiny",  # from the repository
+        "hub/other": "hub/other",
+    }.items():
+        assert parse_parameters(notebook, [f"model={given}"]) == {"model": found}
+    monkeypatch.setenv("ICL_DATA", "tiny")
+    assert execute.kernel_env()["ICL_DATA"] == str(folders[0])
+    monkeypatch.setenv("ICL_DATA", "~/mine")
+    assert execute.kernel_env()["ICL_DATA"] == str(folders[1])
+    assert "model" in read_parameters(notebook)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"cells": 3}', "\xff"])
+def test_what_is_no_notebook_is_refused(content, tmp_path):
+    (tmp_path / "one.ipynb").write_text(content, encoding="latin-1")
+    with pytest.raises(BookError, match="one.ipynb"):
+        read_parameters(tmp_path / "one.ipynb")
 
 
 # -- what a run depends on -----------------------------------------------------------
@@ -191,6 +232,16 @@ def test_each_input_changes_the_fingerprint_and_nothing_else_does(root, monkeypa
     seen["text"] = fingerprint()
     edit("data/mr/train.jsonl", "three = 3\n")
     seen["text changed"] = fingerprint()
+    edit("data/tinyshakespeare/input.txt")
+    seen["text of another kind"] = fingerprint()
+    edit("data/tinyshakespeare/input.txt", "three = 3\n")
+    seen["that text changed"] = fingerprint()
+    for name, target in [("nowhere", "none"), ("loop", "loop"), ("cb", "cb")]:
+        (root / "data" / name).symlink_to(root / "data" / target)
+        (root / "data" / "mr" / name).symlink_to(root / "data" / "mr" / target)
+    assert fingerprint() == seen["that text changed"]
+    monkeypatch.setenv("ICL_DATA", str(root / "data" / "loop"))
+    fingerprint()
     assert len({*seen.values()}) == len(seen), seen
 
 
@@ -287,3 +338,71 @@ def test_a_temporary_folder_with_a_long_path_and_a_foreign_kernel(
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setenv("JUPYTER_PATH", str(long))
     assert not run(notebook)["cached"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a b", "Grün", "{braces} {steps}"])
+def test_a_checkout_anywhere(name, root, monkeypatch):
+    checkout = root / name
+    checkout.mkdir()
+    for folder in ("src", "results"):
+        (root / folder).rename(checkout / folder)
+    monkeypatch.setattr(execute, "ROOT", checkout)
+    monkeypatch.setattr(store, "ROOT", checkout)
+    assert not run(write(checkout / "one.ipynb"))["cached"]
+    assert len(ran(checkout)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_a_process_in_a_session_of_its_own_ends_with_the_run(root):
+    body = """
+import os, subprocess
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+script = "import os; os.fork() and os._exit(0); os.setsid(); "
+script += "os.execlp('sleep', 'sleep', '601')"
+subprocess.run(["python3", "-c", script], check=True)
+if loud:
+    os._exit(1)
+"""
+    notebook = write(root / "one.ipynb", body=body)
+    others = {p.pid for p in psutil.process_iter()}
+    run(notebook)
+    with pytest.raises(BookError):
+        run(notebook, loud=True)
+    left = [p for p in psutil.process_iter() if p.pid not in others]
+    assert not [p for p in left if p.cmdline()[:1] == ["sleep"]]
+
+
+@pytest.mark.slow
+def test_a_run_may_lie_on_another_disk(root, notebook):
+    """Behind a link, as ``_build`` does where the checkout's own disk is small."""
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == root.stat().st_dev:
+        pytest.skip("there is no second file system here")
+    with tempfile.TemporaryDirectory(dir=other) as folder:
+        (root / "runs").symlink_to(folder)
+        assert not run(notebook)["cached"]
+        assert run(notebook)["cached"]
+        (kept,) = [p.name for p in Path(folder).iterdir() if p.name[0] != "."]
+        assert kept.startswith("one-")
+
+
+@pytest.mark.slow
+def test_an_executed_notebook_is_json_whatever_it_shows(root):
+    body = 'from IPython.display import display\nnan = float("nan")\n'
+    body += 'display({"application/json": {"a": [nan, -nan, 1e400]}}, raw=True)'
+    notebook = write(root / "one.ipynb", body=body)
+    run(notebook)
+    (one,) = plan(notebook, [{}], root / "runs")
+    json.loads((one.folder / NOTEBOOK).read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.slow
+def test_a_notebook_of_an_old_format_without_a_kernel(root):
+    cell = {"cell_type": "code", "input": "steps: int = 3  # 1..9: how many"}
+    cell |= {"language": "python", "outputs": [], "metadata": {"tags": ["parameters"]}}
+    sheet = {"cells": [cell], "metadata": {}}
+    old = {"metadata": {"name": ""}, "nbformat": 3, "nbformat_minor": 0}
+    (root / "old.ipynb").write_text(json.dumps(old | {"worksheets": [sheet]}))
+    assert run(root / "old.ipynb", steps=4)["parameters"] == {"steps": 4}

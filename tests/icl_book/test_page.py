@@ -2,15 +2,19 @@
 
 import base64
 import json
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
+import papermill
 import pytest
 import torch
 from bs4 import BeautifulSoup
 
-from icl_book import page
+from icl_book import page, store
 from icl_book.page import check
+from icl_book.store import BookError
 
 
 def test_check_prints_both_sides(capsys):
@@ -35,6 +39,76 @@ def test_check_prints_both_sides(capsys):
 def test_check_fails_the_run(got, expected, tolerance):
     with pytest.raises(AssertionError, match="the check does not hold"):
         check("no", got, expected, tolerance)
+
+
+def test_check_does_not_stretch_what_it_compares():
+    with pytest.raises(ValueError, match="shape|expected"):
+        check("a column for a row", np.ones(3), np.ones((3, 1)))
+    with pytest.raises(ValueError, match="shape|expected"):
+        check("a number for a row", 1.0, np.ones(3))
+    check("each row", np.ones((2, 3)), np.ones(3))
+    check("each number", np.ones((2, 3)), [1])
+
+
+@pytest.mark.parametrize(
+    "injected", ["steps = 10", "steps = 2.5", "step = 3", "eta = float('nan')"]
+)
+def test_a_page_refuses_what_papermill_was_given_by_hand(injected, monkeypatch):
+    own = "steps: int = 3  # 1..9: how many\neta: float = 0.5  # of learning"
+    cells = ["", own, "# Parameters\nsteps = 4\neta = 1\n", "page.begin(...)"]
+    monkeypatch.setattr(
+        page, "get_ipython", lambda: SimpleNamespace(user_ns={"In": cells})
+    )
+    page.begin("smoke")
+    cells[2] = f"# Parameters\n{injected}\n"
+    with pytest.raises(BookError, match=injected.split()[0]):
+        page.begin("smoke")
+
+
+@pytest.mark.slow
+def test_papermill_by_hand(tmp_path):
+    """What is injected is found where papermill and ipykernel put it."""
+    cells = [nbformat.v4.new_markdown_cell("# A page")]
+    tags = {"tags": ["parameters"]}
+    line = 'scale: str = "smoke"  # smoke | laptop: how much'
+    cells += [nbformat.v4.new_code_cell(line, metadata=tags)]
+    code = "from icl_book import page\npage.begin(scale)"
+    cells += [nbformat.v4.new_code_cell(code)]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(notebook, tmp_path / "one.ipynb")
+    paths, quiet = [tmp_path / "one.ipynb", tmp_path / "out.ipynb"], False
+    papermill.execute_notebook(*paths, {"scale": "laptop"}, progress_bar=quiet)
+    with pytest.raises(papermill.PapermillExecutionError, match="colour"):
+        papermill.execute_notebook(*paths, {"colour": "red"}, progress_bar=quiet)
+
+
+def test_rows_of_a_model_or_a_note_that_there_are_none(tmp_path, monkeypatch, capsys):
+    for module in (page, store):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    shown = []
+    monkeypatch.setattr(page, "display", shown.append)
+    (tmp_path / "results").mkdir()
+    rows = [
+        "smollm2-135m,mr,1",
+        "smollm2-135m,cb,2",
+        "mine,mr,3",
+        "mine,cb,4",
+        "b,mr,5",
+    ]
+    text = "\n".join(["model,task,x", *rows])
+    (tmp_path / "results" / "t.csv").write_text(text)
+    (tmp_path / "mine.gguf").touch()
+    (tmp_path / "else" / "smollm2-135m").mkdir(parents=True)
+    for model in ("mine", "mine.gguf"):
+        assert page.rows_of("t", model).x.tolist() == [3, 4]
+    assert page.rows_of("t", "smollm2-135m").x.tolist() == [1, 2]
+    assert not shown
+    assert "mine" in capsys.readouterr().out
+    for model in ("other", "b", "else/smollm2-135m"):
+        assert page.rows_of("t", model).x.tolist() == [1, 2]
+        assert model in shown.pop().data
+        assert "smollm2-135m" in capsys.readouterr().out
 
 
 def test_begin_refuses_a_wrong_scale():
@@ -105,6 +179,22 @@ def test_a_result_is_an_output_of_the_page(shown):
     assert "accuracy = 0.5" in output["text/plain"]
     with pytest.raises(ValueError, match="model = <object"):
         page.result(model=object())
+
+
+@pytest.mark.parametrize("name", ["seconds", "peak_gb", "fingerprint"])
+def test_columns_that_the_runner_enters_are_refused(name, shown):
+    with pytest.raises(ValueError, match=name):
+        page.result({"x": 1}, {"x": 2, name: 3})
+    assert not shown
+
+
+def test_facts_are_json_and_none_of_the_record(shown):
+    page.result(x=1, facts={"mean": float("nan"), "seeds": (1, 2)})
+    facts = shown[0]["application/vnd.icl.result+json"]["facts"]
+    assert facts == {"mean": None, "seeds": [1, 2]}
+    for name in ("commit", "torch", "runs"):
+        with pytest.raises(ValueError, match=name):
+            page.result(x=1, facts={name: "mine"})
 
 
 def test_rows_share_columns_that_they_may_override(shown):

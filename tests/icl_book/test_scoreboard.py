@@ -52,6 +52,9 @@ def test_a_finding_that_cannot_be_judged_is_refused(glued):
     for interval in [(2, 0, 1), (0.5, 1, 0), (math.nan, 0, 1), (0, -1, math.inf)]:
         with pytest.raises(ValueError, match="is no interval of"):
             page.finding(1, "s", interval, above=0)
+    for bar in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="above"):
+            page.finding(1, "s", (0.5, 0, 1), above=bar)
     assert not glued
 
 

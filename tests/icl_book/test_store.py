@@ -45,6 +45,10 @@ def test_a_run_is_whole_failed_damaged_or_missing(tmp_path):
         assert read_run(folder)[0] == "corrupt"
     (folder / RECORD).unlink()
     assert read_run(folder)[0] == "corrupt"
+    made(folder, {"a": 1}, [])
+    shown = (folder / NOTEBOOK).read_text()
+    (folder / NOTEBOOK).write_text(shown[:-2] + " }")  # of the same size
+    assert read_run(folder)[0] == "corrupt"
     made(folder, {"a": 1}, [], error="In [3] failed")
     assert read_run(folder)[0] == "failed"
     made(folder, {"a": 1}, [])
@@ -70,6 +74,37 @@ def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
         store.write_atomically(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
     assert path.read_text() == "old"
+
+
+def test_a_commit_is_of_this_checkout_or_unknown(tmp_path, monkeypatch):
+    """Not of the repository around it, nor of the one that a stray variable names."""
+
+    def git(folder, *command):
+        names = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", "-C", folder, *names, *command], check=True)
+
+    inner = tmp_path / "inner"
+    (inner / "book").mkdir(parents=True)
+    (inner / "book" / "one.ipynb").write_text("{}")
+    monkeypatch.setattr(store, "ROOT", inner)
+    assert store.commit() == "unknown"
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "outer")
+    assert store.commit() == "unknown"
+    git(inner, "init", "-q")
+    git(inner, "add", ".")
+    git(inner, "commit", "-qm", "inner")
+    own = store.commit()
+    assert len(own) == 12
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert store.commit() == own
+    (inner / "notes.md").write_text("of no code")
+    assert store.commit() == own
+    (inner / "book" / "one.ipynb").write_text("[]")
+    assert store.commit() == f"{own}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert store.commit() == "unknown"
 
 
 def test_unknown_table_lists_those_there_are(root):

@@ -19,6 +19,7 @@ import yaml
 from conftest import tiny_model, word_tokenizer
 
 from icl_book.__main__ import main
+from icl_book.execute import _folders
 from icl_book.store import NOTEBOOK, RECORD, ROOT, BookError, read_run, read_table
 from icl_book.sweep import expand, make_table, read_grid
 
@@ -123,10 +124,10 @@ def client(tmp_path):
     """Starts ``python -m icl_book sweep``; what it says is in ``client.txt``."""
     made = []
 
-    def begin(grid, *options):
+    def begin(grid, *options, **environment):
         command = ["icl_book", "sweep", grid, "--to", grid.parent / "out", *options]
         with open(tmp_path / "client.txt", "a") as output:
-            made.append(start(*command, output=output))
+            made.append(start(*command, output=output, **environment))
         return made[-1]
 
     yield begin
@@ -196,7 +197,9 @@ def test_every_run_once_and_a_row_for_each(tmp_path, cluster, capsys):
     assert table.fingerprint.is_unique
     _, origin = read_table(tmp_path / "out" / "grid.csv")
     assert {"torch", "commit", "python"} <= set(*map(set, origin.values()))
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    assert "8 finished; 0 min left\n" in said  # without a terminal, too
+    assert f"8 rows: icl_book.store.read_table('{tmp_path}/out/grid.csv')" in said
     assert run(grid, cluster)
     assert len(started(tmp_path)) == 8
     assert "8 runs: 8 finished" in capsys.readouterr().out
@@ -274,6 +277,8 @@ def test_dry_run_says_what_and_how_long(tmp_path, cluster, capsys):
     grid = write_grid(tmp_path, SLEEP, vary={"n": "0..99"})
     capsys.readouterr()
     options = ["--to", str(tmp_path / "out"), "--dry-run", "--workers", "1"]
+    assert main(["sweep", str(grid), *options[2:]]) == 0
+    assert "not known" in capsys.readouterr().out
     assert main(["sweep", str(grid), *options]) == 0
     out = capsys.readouterr().out
     assert "finished: n=1\nmissing: n=2\n" in out
@@ -471,6 +476,78 @@ while n == 1:
     assert not any(map(psutil.pid_exists, kernels))
 
 
+def test_an_error_that_nobody_foresaw_is_of_its_run_alone(tmp_path, cluster, capsys):
+    """Here what a notebook has entered is no row."""
+    body = RESULT.replace("[{", "[n == 1 and 'no row' or {")
+    assert not run(write_grid(tmp_path, body), cluster)
+    out = capsys.readouterr().out
+    assert re.search("n=1 .*TypeError", out)
+    assert "failed: n=1" in out
+    assert rows(tmp_path) == {0: 0, 2: 4, 3: 9}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_processes_that_a_notebook_starts_end_with_its_run(tmp_path, cluster):
+    """Those in sessions of their own, too; the cluster goes on."""
+    body = f"""
+import subprocess
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+with open(here / f"child-{{n}}", "w") as file:
+    file.write(str(child.pid))
+{RESULT}"""
+    assert run(write_grid(tmp_path, body), cluster)
+    children = [int(path.read_text()) for path in tmp_path.glob("child-*")]
+    assert len(children) == 4
+    assert not any(map(psutil.pid_exists, children))
+
+
+@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_stopped_sweep_leaves_nothing(tmp_path, client, stop):
+    """No process, no socket and no scratch folder, though a temporary folder's path is
+    longer than a socket's may be."""
+    long = tmp_path / ("scratch-of-a-cluster-job-" * 5)
+    long.mkdir()
+    grid = write_grid(tmp_path, HOLD)
+    sweep = client(grid, "--workers", 2, TMPDIR=str(long))
+    until(lambda: len(started(tmp_path)) == 4)
+    until(lambda: len(list(tmp_path.glob(f"out/runs/[!.]*/{RECORD}"))) == 3)
+    folders = _folders(runs_of(grid, tmp_path / "out")[0])
+    assert all(folder.is_dir() for folder in folders)
+    below = psutil.Process(sweep.pid).children(recursive=True)
+    assert len(below) > 4
+    sweep.send_signal(signal.Signals[stop])
+    assert sweep.wait(60) == 130
+    until(lambda: not any(process.is_running() for process in below), 10)
+    assert not any(folder.exists() for folder in folders)
+    assert rows(tmp_path) == {1: 1, 2: 4, 3: 9}
+
+
+def test_a_cluster_does_not_hold_on_to_a_model_that_changed(tmp_path, cluster):
+    """Its workers outlive the sweep, with the weights of before in their memory."""
+    import torch
+
+    folder, found = tmp_path / "model", []
+    body = """
+from icl.models import load_model
+weights = [w.double().sum().item() for w in load_model(model)[0].parameters()]
+display({"application/vnd.icl.result+json": {"rows": [{"sum": sum(weights)}], "facts":
+    {}}, "text/plain": ""}, raw=True)
+"""
+    model = tiny_model("gpt2")
+    word_tokenizer().save_pretrained(folder)
+    for shift in (0.0, 1.0):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += shift
+        model.save_pretrained(folder)
+        grid = write_grid(tmp_path, body, fixed={"model": str(folder)})
+        assert run(grid, cluster)
+        table = table_of(tmp_path)
+        found.append(set(table["sum"].tolist()[-4:]))
+        wanted = sum(w.double().sum().item() for w in model.parameters())
+        assert all(value == pytest.approx(wanted) for value in found[-1])
+
+
 def test_a_kernel_that_ends_is_a_failed_run(tmp_path, cluster, capsys):
     body = f"if n == 1:\n    os._exit(3)\n{RESULT}"
     assert not run(write_grid(tmp_path, body, vary={"n": [0, 1]}), cluster)
@@ -511,7 +588,7 @@ def test_a_corrupt_result_is_told_and_made_again(tmp_path, cluster, capsys):
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ({"vary": {"m": [1]}}, "no parameter 'm'; there are n, kind, rate, words"),
+        ({"vary": {"m": [1]}}, "(?s)no parameter 'm'.*kind=plain"),
         ({"vary": {"n": [1, 100]}}, r"n=100 is outside 0\.\.99"),
         ({"vary": {"kind": ["odd"]}}, "kind=odd is not one of plain, other"),
         ({"fixed": {"n": 1.5}}, "n=1.5 is not of type int"),
@@ -525,13 +602,50 @@ def test_a_corrupt_result_is_told_and_made_again(tmp_path, cluster, capsys):
         ({"key": ["m"]}, "key has m"),
         ({"notebook": "two.ipynb"}, "no notebook .*two.ipynb"),
         ({"threads": 0}, "thread"),
-        ({"fixed": {"rate": float("nan")}}, "rate=nan"),
+        ({"fixed": {"rate": float("nan")}}, "rate=.nan"),
+        ({"threads": "2"}, "threads"),
+        ({"limit": "60"}, "limit"),
+        ({"limit": float("inf")}, "limit"),
+        ({"exclude": 3}, "exclude"),
+        ({"exclude": {"n": 1}}, "exclude"),
+        ({"key": "n"}, "key"),
+        ({"key": [["n"]]}, "key"),
+        ({"notebook": 3}, "notebook"),
     ],
 )
 def test_a_grid_that_cannot_be_run_says_why(tmp_path, grid, message):
     fixed = {"log": str(tmp_path / "log")} | grid.pop("fixed", {})
     with pytest.raises(BookError, match=message):
         read_grid(write_grid(tmp_path, fixed=fixed, **grid))
+
+
+@pytest.mark.parametrize("value", ["010", "1:30", "0x10"])
+def test_numbers_of_old_yaml_are_none(value, tmp_path):
+    """YAML 1.1 would take them for 8, 90 and 16."""
+    grid = write_grid(tmp_path, vary={"n": 5})
+    grid.write_text(grid.read_text().replace("n: 5", f"n: {value}"))
+    with pytest.raises(BookError, match=f"n={value} is not of type int"):
+        read_grid(grid)
+
+
+def test_numbers_of_json_are_some(tmp_path):
+    grid = write_grid(tmp_path, vary={"rate": 5})
+    grid.write_text(grid.read_text().replace("rate: 5", "rate: [1e-3, 1, .5, -2.5E+1]"))
+    found = [run["rate"] for run in read_grid(grid)["runs"]]
+    assert found == [1e-3, 1.0, 0.5, -25.0]
+
+
+def test_a_grid_in_another_encoding(tmp_path):
+    grid = write_grid(tmp_path)
+    grid.write_bytes(b"# Gr\xfcn\n" + grid.read_bytes())
+    with pytest.raises(BookError, match="grid.yaml"):
+        read_grid(grid)
+
+
+def test_a_path_of_a_model_counts_from_the_grid(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (run, *_) = read_grid(write_grid(tmp_path, fixed={"model": "tiny"}))["runs"]
+    assert run["model"] == str(tmp_path / "tiny")
 
 
 def test_a_grid_that_is_not_there(tmp_path, capsys):
@@ -632,6 +746,6 @@ def test_workers_that_join_late_are_refused_alike(tmp_path, client):
         cluster.close()
     said = (tmp_path / "client.txt").read_text()
     for what in ("package", "text"):
-        assert re.search(rf"cannot take part: tcp://\S+: another {what}", said)
+        assert re.search(rf"tcp://\S+ leaves: another {what}", said)
     assert sorted(started(tmp_path)) == list(range(6))
     assert rows(tmp_path) == {n: n * n for n in range(6)}
