@@ -16,8 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import CONFIG_NAME, cached_file
 
 from icl.assets import ASSETS, AssetError, ask_hub, cache_dir, fetch, sha256
+from icl.attention import restore_attention
 
 DEFAULT = "smollm2-135m"
 _HASHES = "sha256.json"  # of the files of a converted model
@@ -29,6 +31,8 @@ def load_model(name=DEFAULT, device="auto", dtype=None) -> tuple:
 
     Only safetensors and GGUF files are read, and no code that a repository
     carries is ever run.
+
+    A model that was saved with an attention of :mod:`icl.attention` has it again.
 
     Args:
         name: ``"smollm2-135m"`` (carried by a registry package, converted once
@@ -106,6 +110,9 @@ def _read(name, dtype, **options):
             misfits = [key for key, *_ in report["mismatched_keys"]]
             if wrong := sorted([*report["missing_keys"], *misfits]):
                 raise ValueError(f"no weights of this shape: {', '.join(wrong)}")
+            if {"icl_attention", "icl_layerwise"} & vars(model.config).keys():
+                folder = Path(cached_file(where, CONFIG_NAME, **found)).parent
+                restore_attention(model, folder)
             rows = len(model.get_input_embeddings().weight)
             vocabulary = tokenizer.get_vocab() if len(tokenizer) > rows else {}
             vocabulary.pop(tokenizer.pad_token, None)

@@ -24,6 +24,7 @@ from icl.attention import (
     replace_attention,
     restore_attention,
 )
+from icl.models import load_model
 from icl.scoring import score
 from icl.tasks import token_counts
 
@@ -332,6 +333,18 @@ def test_a_saved_model_comes_back(family, kind, case, tmp_path):
                 restore_attention(copy.deepcopy(model), tmp_path)
             restore_attention(model, folder)
         torch.testing.assert_close(model(IDS).logits, whole)
+
+
+def test_load_model_restores_what_was_learned(tokenizer, tmp_path):
+    for n, (kind, options) in enumerate(
+        [("released_momentum", {}), ("momentum", dict(eta=0.7, learned=True))]
+    ):
+        folder = tmp_path / str(n)
+        model = replaced("llama", kind, **options)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        again, _ = load_model(folder, device="cpu")
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
 
 
 def test_without_the_package_a_saved_model_is_refused(tmp_path):
