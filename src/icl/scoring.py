@@ -266,7 +266,7 @@ class Packing:
                     "prediction after it; choose a causal language model"
                 )
             logging.getLogger(__name__).warning(
-                "%s scores packed prompts wrong: each is computed alone, slower", name
+                "%s takes no packed prompts: each is computed alone, slower", name
             )
             self._known["alone"] = True
         scores = np.empty((len(self), len(self.labels)))

@@ -258,12 +258,15 @@ def test_packed_scoring_behind_demonstrations(kind, front, tokenizer):
         assert row.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_memory_refuses_packed_texts(tokenizer):
-    model = replaced("llama", "delta")
-    with pytest.raises(ValueError, match="causal"):
-        score(
-            model, tokenizer, ["a bad film", "good"], ["Positive", "Negative"], "the "
-        )
+def test_a_memory_is_scored_text_by_text(tokenizer):
+    """It refuses packed texts, whose states would mix."""
+    model, queries = replaced("llama", "delta"), ["a bad film", "good"]
+    found = score(model, tokenizer, queries, ["Positive", "Negative"], "the ")
+    words = tokenizer.convert_tokens_to_ids(["Positive", "Negative"])
+    for query, scores in zip(queries, found, strict=True):
+        ids = tokenizer("the " + query, return_tensors="pt").input_ids
+        log_p = model(ids).logits[0, -1].log_softmax(-1)[words]
+        assert scores.tolist() == pytest.approx(log_p.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize(
