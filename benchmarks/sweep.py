@@ -2,8 +2,8 @@
 
 For a notebook that loads SmolLM2 and one that only computes:
 
-1. seconds of a run over those of its cells, when its worker has begun: in a kernel
-   forked from a warm process, and in one that starts from nothing;
+1. seconds of a run over those of its cells, and those of the cell that imports the
+   package and loads the model;
 2. seconds of a grid by one worker over seconds by two, a thread each, from the first
    run begun to the last result written;
 3. seconds to plan 1,000 runs and to find that all of them are finished.
@@ -19,8 +19,7 @@ import nbformat
 import yaml
 from measure import record, save, timed
 
-from icl_book.execute import Provisioner, inputs, plan, run_once
-from icl_book.forkserver import ForkServer, modules_of
+from icl_book.execute import inputs, plan, run_once
 from icl_book.store import NOTEBOOK, read_run, save_run
 from icl_book.sweep import connect, expand, read_grid, run_one
 
@@ -60,25 +59,17 @@ def write(folder, body, **grid):
 
 
 def overhead(notebook, folder, repeats):
-    """Seconds of a run beside its cells, by what its kernel starts from."""
-    start = time.perf_counter()
-    server = ForkServer(modules_of(notebook), ["smollm2-135m", "auto"], 1)
-    record("the warm process is ready after", time.perf_counter() - start, "s")
-    starts = {"warm": server.provisioner(), "from nothing": Provisioner}
-    found = {kind: [] for kind in starts}
+    """Seconds of a run beside its cells, and of the cell that imports and loads."""
+    beside, loading = [], []
     for n in range(repeats):
-        for kind, provisioner in starts.items():
-            (run,) = plan(notebook, [{"n": n}], folder / kind, threads=1)
-            took, _ = timed(run_once, run, provisioner=provisioner)
-            done = nbformat.read(run.folder / NOTEBOOK, as_version=4)
-            cells = sum(cell.metadata.papermill.duration or 0 for cell in done.cells)
-            found[kind].append((took, cells))
-    server.close()
-    for kind, times in found.items():
-        took, cells = map(statistics.median, zip(*times, strict=True))
-        most = 3 if kind == "warm" else None
-        name = f"a run in a kernel {kind}, beside its cells"
-        record(name, took - cells, "s", at_most=most)
+        (run,) = plan(notebook, [{"n": n}], folder, threads=1)
+        took, _ = timed(run_once, run)
+        done = nbformat.read(run.folder / NOTEBOOK, as_version=4)
+        cells = [cell.metadata.papermill.duration or 0 for cell in done.cells]
+        beside.append(took - sum(cells))
+        loading.append(cells[-1])
+    record("a run, beside its cells", statistics.median(beside), "s")
+    record("its imports, and the model", statistics.median(loading), "s")
 
 
 def efficiency(folder, runs, seconds):

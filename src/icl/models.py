@@ -55,7 +55,7 @@ def load_model(name=DEFAULT, device="auto", dtype=None) -> tuple:
     """
     where = _device(device)
     dtype = dtype or _default_dtype(where)
-    model, tokenizer = _preloaded.pop((str(name), dtype), None) or _read(name, dtype)
+    model, tokenizer = _read(name, dtype)
     if device == "auto" and where.type == "cuda":
         free, _ = torch.cuda.mem_get_info(where)
         if model.get_memory_footprint() > _ROOM * free:
@@ -64,18 +64,6 @@ def load_model(name=DEFAULT, device="auto", dtype=None) -> tuple:
     model = model.eval().requires_grad_(False).to(where)
     use_onednn(model)
     return model, tokenizer
-
-
-_preloaded = {}
-
-
-def preload_model(name=DEFAULT, dtype=None) -> None:
-    """Read a model to the CPU for the next :func:`load_model`, here or after a fork.
-
-    Later calls read their own.
-    """
-    dtype = dtype or _default_dtype(_device("auto"))
-    _preloaded[str(name), dtype] = _read(name, dtype)
 
 
 def _device(device):

@@ -279,7 +279,7 @@ def kernel_env(threads=None) -> dict[str, str]:
     return found
 
 
-def kernel_manager(folder, threads=None, provisioner=Provisioner):
+def kernel_manager(folder, threads=None):
     """A class of kernel managers for papermill; sockets are files in ``folder``."""
 
     class Manager(AsyncKernelManager):
@@ -291,7 +291,7 @@ def kernel_manager(folder, threads=None, provisioner=Provisioner):
             super().__init__(**options, transport="ipc", ip=f"{folder}/socket")
             self.connection_file = f"{folder}/kernel.json"
             spec = {"kernel_spec": self.kernel_spec, "kernel_id": "run"}
-            self.provisioner = provisioner(parent=self, **spec)
+            self.provisioner = Provisioner(parent=self, **spec)
             Manager.last = self
 
         @classmethod
@@ -356,7 +356,7 @@ def remove_scratch(run: Run):
         _remove(run)
 
 
-def run_once(run: Run, limit=LIMIT, provisioner=Provisioner, progress=False) -> dict:
+def run_once(run: Run, limit=LIMIT, progress=False) -> dict:
     """Make a run, within ``limit`` seconds, unless its result is there.
 
     Returns:
@@ -373,7 +373,7 @@ def run_once(run: Run, limit=LIMIT, provisioner=Provisioner, progress=False) -> 
         if status == "finished":
             return record | {"cached": True}
         with _scratch(run) as (scratch, sockets):
-            record = _execute(run, scratch, sockets, limit, provisioner, progress)
+            record = _execute(run, scratch, sockets, limit, progress)
             store.save_run(run.folder, scratch, record)
     if record["error"] is not None:
         raise BookError(
@@ -383,9 +383,9 @@ def run_once(run: Run, limit=LIMIT, provisioner=Provisioner, progress=False) -> 
     return record | {"cached": False}
 
 
-def _execute(run, scratch, sockets, limit, provisioner, progress):
+def _execute(run, scratch, sockets, limit, progress):
     started, cell, error, rows, facts = time.perf_counter(), {}, None, [], {}
-    manager = kernel_manager(sockets, run.threads, provisioner)
+    manager = kernel_manager(sockets, run.threads)
     braces = {123: "{{", 125: "}}"}  # what stands in one, papermill fills in
     try:
         done = papermill.execute_notebook(

@@ -28,7 +28,6 @@ from distributed.comm import CommClosedError
 
 from icl_book import execute, store
 from icl_book.execute import Run, inputs, plan, read_parameters
-from icl_book.forkserver import provisioner
 from icl_book.store import ROOT, BookError, read_run
 
 RETRIES = 2  # of a run whose kernel did not start; Dask's own
@@ -121,29 +120,19 @@ def dry_run(grid: dict, folder: Path, workers: int):
 # -- one run, on a worker ------------------------------------------------------------
 
 
-IN_MEMORY = "package", "versions", "model"  # of the inputs, what a process holds
-_held = {}  # by this worker: their hashes
-
-
 def run_one(run: Run, limit: float, wanted: dict) -> dict:
     """Make one run, a task of Dask's, unless its result is there by now.
 
     A worker that differs from where the sweep was started (it may have joined later)
-    leaves the cluster, and Dask reschedules the run. One that holds the code or the
-    model of an earlier sweep, changed since, starts anew.
+    leaves the cluster, and Dask reschedules the run.
     """
     worker = distributed.get_worker()
-    names = [name for name in wanted if name.startswith(IN_MEMORY)]
-    if any(_held.setdefault(name, wanted[name]) != wanted[name] for name in names):
-        close = worker.close_gracefully  # its nanny starts another
-        worker.loop.add_callback(close, restart=True, reason="it holds older content")
-        raise distributed.Reschedule
     if differs := differences(run, wanted):
         worker.log_event(REFUSED, f"{worker.address} leaves: another {differs}")
         worker.loop.add_callback(worker.close, executor_wait=False, reason=differs)
         raise distributed.Reschedule
     try:
-        execute.run_once(run, limit, provisioner(run))
+        execute.run_once(run, limit)
     except BookError as error:
         return {"status": "failed", "error": str(error)}
     except OSError as error:

@@ -21,7 +21,7 @@ from icl import models
 from icl.activations import read_recording, record
 from icl.assets import AssetError, fetch
 from icl.finetuning import kv_sgd
-from icl.models import load_model, preload_model, untrained, use_onednn
+from icl.models import load_model, untrained, use_onednn
 from icl.scoring import score
 
 
@@ -125,26 +125,6 @@ def test_auto_places_a_model_that_one_gpu_does_not_hold(
 def test_attention_is_fused(tmp_path):
     folder = save(tiny_model("llama"), tmp_path)
     assert load_model(folder)[0].config._attn_implementation == "sdpa"
-
-
-def test_a_preloaded_model_is_given_once(tmp_path, monkeypatch):
-    folder = str(save(tiny_model("llama"), tmp_path))
-    reads, read = [], models._read
-    monkeypatch.setattr(models, "_read", lambda *a: reads.append(a) or read(*a))
-    monkeypatch.setattr(models, "_preloaded", {})
-    preload_model(folder)
-    before = torch.random.get_rng_state()
-    first, _ = load_model(folder)
-    assert len(reads) == 1
-    second, _ = load_model(folder)
-    assert len(reads) == 2
-    assert torch.equal(torch.random.get_rng_state(), before)
-    with torch.no_grad():
-        next(first.parameters()).zero_()
-    assert next(second.parameters()).abs().sum() > 0
-    preload_model(folder)
-    assert load_model(folder, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
-    assert len(reads) == 4
 
 
 @pytest.mark.slow

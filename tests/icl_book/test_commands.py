@@ -168,6 +168,8 @@ def checkout(tmp_path):
 
     def make(*arguments, **variables):
         command, env = ["make", *arguments], os.environ | variables
+        for name in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS"):  # of a make around this
+            env.pop(name, None)
         options = {"cwd": tmp_path, "env": env, "text": True}
         return subprocess.run(command, capture_output=True, check=True, **options)
 

@@ -49,8 +49,9 @@ class _Memory(AttentionKind):
         (heads, tokens), length = query.shape[1:3], key.shape[2]
         shares = self._shares()
         if self.learned:
-            gates = self.get_learned(module, "gate_weights").float()
-            read = repeat_kv(key, heads).float() @ gates[..., :-1].mT
+            keys = upcast(repeat_kv(key, heads))
+            gates = self.get_learned(module, "gate_weights").to(keys.dtype)
+            read = keys @ gates[..., :-1].mT
             read = (read + gates[:, None, :, -1]).sigmoid().clamp(1e-6, 1 - 1e-6)
             inside = [name for name, share in shares.items() if 0 < share < 1]
             shares |= dict(zip(inside, read.unbind(-1), strict=True))

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
@@ -78,7 +78,7 @@ class ReleasedMomentumAttention(AttentionKind, kind="released_momentum"):
             if hidden is None:
                 kernel = self._kernel(decay, weight, length, heads, x.dtype, module)
                 kernel = kernel.flip(1).mT.flatten(0, 1)
-                out = convolve_masked(x.flatten(1, 2), kernel, distance)
+                out = _convolve_masked(x.flatten(1, 2), kernel, distance)
                 return out.unflatten(1, (heads, -1)).mT
             x = x[..., :end].masked_fill(hidden[:, None, None, :end], 0)
         if not self.current:
@@ -167,17 +167,10 @@ def convolve_chunked(
     return out[..., :tokens]
 
 
-def convolve_masked(
-    x: Float[Tensor, "B d S"],
-    kernel: Float[Tensor, "d R"],
-    distance: Int[Tensor, "_ T S"],
-) -> Float[Tensor, "B d T"]:
-    """The same along the tokens that a query attends to, for any mask.
+def _convolve_masked(x, kernel, distance):
+    """The same along what a query attends to, by ``distance (_, T, S)``: any mask.
 
-    Args:
-        x: channels of S tokens.
-        kernel: κ, 0 beyond R.
-        distance: from :func:`icl.attention.masks.relative_positions`, -1 for none.
+    Of x ``(B, d, S)`` with κ ``(d, R)``, 0 beyond R.
     """
     kernel = pad(kernel, (0, 1))  # where nothing counts
     index = torch.where(distance < 0, kernel.shape[1] - 1, distance)

@@ -19,7 +19,6 @@ from icl.attention import (
     replace_attention,
 )
 from icl.attention.masks import causal_sdpa
-from icl.attention.released import convolve_masked
 
 
 def draw(channels=6, n=3, tokens=9, batch=2, seed=0):
@@ -124,16 +123,22 @@ def test_it_starts_as_released():
 
 
 def test_packed_texts_and_windows():
-    x, decay, weight = draw(tokens=12)
-    texts = [range(0, 5), range(5, 12)]
-    distance = torch.full((1, 12, 12), -1)
-    for text in texts:
-        for t in text:
-            for s in range(text[0], t + 1):
-                distance[0, t, s] = t - s
-    found = convolve_masked(x, ema_kernel(decay, weight, 12), distance)
-    alone = [by_hand(x[..., text[0] : text[-1] + 1], decay, weight) for text in texts]
-    torch.testing.assert_close(found, torch.cat(alone, 2))
+    """Of two texts in a row each is itself; behind a window nothing is seen."""
+    attend, (q, k, v), parameters, _ = released(tokens=12)
+    place = torch.arange(12)
+    causal = place[:, None] >= place
+    text = place >= 5
+    packed = causal & (text[:, None] == text)
+    found = attend(q, k, v, packed[None, None], parameters=parameters)
+    for own in (slice(0, 5), slice(5, 12)):
+        alone = [x[:, :, own] for x in (q, k, v)]
+        expected = attend(*alone, parameters=parameters)
+        torch.testing.assert_close(found[:, :, own], expected)
+    window = causal & (place[:, None] - place < 4)
+    found = attend(q, k, v, window[None, None], parameters=parameters)
+    last = [x[:, :, 8:] for x in (q, k, v)]
+    expected = attend(*last, parameters=parameters)[:, :, -1]
+    torch.testing.assert_close(found[:, :, -1], expected)
 
 
 def test_not_a_number_stays_in_its_sequence():
