@@ -149,6 +149,15 @@ def test_queries_of_any_kind_of_sequence(tokenizer):
         np.testing.assert_array_equal(given, want)
 
 
+def test_a_query_twice(tokenizer):
+    """What all queries have in common stands before them, but for their last token."""
+    model = tiny_model("llama")
+    for queries in (QUERIES[:1] * 2, ["film", "film"], ["the film", "the film was"]):
+        got = score(model, tokenizer, queries, LABELS, PREFIX)
+        want = one_by_one(model, tokenizer, queries, LABELS, PREFIX)
+        np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("shown", [0, 100])
 @pytest.mark.parametrize("family", TINY)
 def test_prompt_of_the_context_and_one_token_more(family, shown, tokenizer):

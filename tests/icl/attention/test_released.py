@@ -165,6 +165,7 @@ def test_slow_rates_decode_exactly():
         torch.testing.assert_close(attend(q, k, v, parameters=parts), expected)
 
 
+@torch.no_grad()
 def test_a_changed_rate_is_seen_by_the_next_step():
     model = replace_attention(tiny_model("llama"), "released_momentum")
     ids = torch.tensor([[3, 7, 5, 9]])
