@@ -11,7 +11,7 @@ from pathlib import Path
 from icl.assets import AssetError
 from icl_book.build import build_book, chapter_path, chapters, costs, run_page
 from icl_book.execute import parse_parameters
-from icl_book.store import NOTEBOOK, ROOT, BookError, table_path
+from icl_book.store import NOTEBOOK, ROOT, BookError, keys_in, table_path
 from icl_book.sweep import dry_run, make_table, read_grid
 
 
@@ -32,13 +32,15 @@ def chapter(name, parameters):
 
 
 def sweep(grid, to, dry, committed, **options):
-    if dry:
-        workers = options["workers"] or os.cpu_count()
-        folder = to or ROOT / "_build" / "sweeps" / grid.stem
-        dry_run(read_grid(grid), folder.resolve(), workers)
-        return True
     table = table_path(grid.stem) if committed else None
-    return make_table(grid, to, table, **options)
+    if not dry:
+        return make_table(grid, to, table, **options)
+    what = read_grid(grid)
+    folder = (to or ROOT / "_build" / "sweeps" / grid.stem).resolve()
+    target = table or folder / f"{grid.stem}.csv"
+    skip = keys_in(target, what["key"]) if options["only_missing"] else ()
+    dry_run(what, folder, options["workers"] or os.cpu_count(), skip)
+    return True
 
 
 def main(arguments=None) -> int:

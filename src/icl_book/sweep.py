@@ -103,9 +103,10 @@ def expand(grid: dict, folder: Path) -> list[Run]:
     return plan(grid["notebook"], grid["runs"], folder / "runs", grid["threads"])
 
 
-def dry_run(grid: dict, folder: Path, workers: int):
+def dry_run(grid: dict, folder: Path, workers: int, skip=()):
     """Print the runs of a grid, and how long they would take by those finished."""
-    found = [(run, *read_run(run.folder)) for run in expand(grid, folder)]
+    runs = _wanted(expand(grid, folder), grid, skip)
+    found = [(run, *read_run(run.folder)) for run in runs]
     for run, status, _ in found:
         log(f"{status}: {run.label(grid['varied'])}")
     log(f"{len(found)} runs: {_count(status for _, status, _ in found)}")
@@ -115,6 +116,10 @@ def dry_run(grid: dict, folder: Path, workers: int):
         log(f"about {left / 60:.0f} min by {workers} workers")
     else:
         log("how long they take is not known before one is finished")
+
+
+def _wanted(runs, grid, skip):
+    return [r for r in runs if store.key_of(r.parameters, grid["key"]) not in skip]
 
 
 # -- one run, on a worker ------------------------------------------------------------
@@ -230,7 +235,7 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
     except OSError as error:
         raise BookError(f"{folder} cannot be written to: {error}") from None
     runs = [replace(run, notebook=source) for run in runs]
-    runs = [r for r in runs if store.key_of(r.parameters, grid["key"]) not in skip]
+    runs = _wanted(runs, grid, skip)
     found = [(run, read_run(run.folder)[0]) for run in runs]
     log(f"{len(runs)} runs: {_count(status for _, status in found)}; in {folder}")
     for run, status in found:

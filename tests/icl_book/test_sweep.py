@@ -267,6 +267,8 @@ def test_dry_run_says_what_and_how_long(tmp_path, cluster, capsys):
     minutes = int(re.search(r"about (\d+) min by 1 worker", out)[1])
     assert minutes == pytest.approx(98 * record["seconds"] / 60, rel=0.7, abs=1)
     assert len(started(tmp_path)) == 2
+    assert main(["sweep", str(grid), *options, "--only-missing"]) == 0
+    assert "98 runs: 98 missing" in capsys.readouterr().out
 
 
 def test_what_a_table_has_is_left_out(tmp_path, cluster):
