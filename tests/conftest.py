@@ -14,6 +14,15 @@ WORDS = (
     "Type subjective objective so is of . ,"
 ).split()
 
+SMALL = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+)
+SHARED = SMALL | dict(num_key_value_heads=2)  # keys and values, by two heads each
+
 TINY = {
     "gpt2": dict(n_embd=32, n_layer=3, n_head=4, n_positions=256),
     "opt": dict(
@@ -31,41 +40,11 @@ TINY = {
         attention_heads=4,
         max_position_embeddings=256,
     ),
-    "gpt_neox": dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-    ),
-    "llama": dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    ),
-    "gemma3_text": dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        sliding_window=256,
-        sliding_window_pattern=2,
-    ),
-    "qwen3": dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-    ),
+    "gpt_neox": SMALL,
+    "llama": SHARED,
+    "gemma3_text": SHARED
+    | dict(head_dim=8, sliding_window=256, sliding_window_pattern=2),
+    "qwen3": SHARED | dict(head_dim=8),
 }
 
 
