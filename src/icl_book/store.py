@@ -19,10 +19,9 @@ import pandas as pd
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
-FORMAT = 1  # of the tables; raised when a column changes its meaning
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 COSTS = ("seconds", "peak_gb", "fingerprint")  # columns of a sweep's table
-MADE = {"command", "format", "runs", "commit", "python", "machine", "threads"} | {
+MADE = {"command", "runs", "commit", "python", "machine", "threads"} | {
     *PACKAGES
 }  # facts of every table's record
 #: The type of a notebook's output that holds rows for a table.
@@ -135,7 +134,7 @@ def read_table(name: str | Path) -> tuple[pd.DataFrame, dict]:
         name: of a table in ``results/``, or the path of the CSV file of a sweep.
 
     Raises:
-        ValueError: there is no such table, or it is of another format.
+        ValueError: there is no such table.
     """
     path = Path(name) if str(name).endswith(".csv") else table_path(str(name))
     if not path.is_file():
@@ -143,14 +142,6 @@ def read_table(name: str | Path) -> tuple[pd.DataFrame, dict]:
         raise ValueError(f"no table {str(name)!r} in {path.parent}; there are: {there}")
     about = path.with_suffix(".json")
     origin = json.loads(about.read_text()) if about.exists() else {}
-    for part, facts in origin.items():
-        found = facts.get("format", 1) if isinstance(facts, dict) else 1
-        if found != FORMAT:
-            raise ValueError(
-                f"{about.name}: {part} is of format {found}, and this version of the "
-                f"book reads format {FORMAT}: take the version that made it (commit "
-                f"{facts.get('commit', 'unknown')}), or make the table again"
-            )
     return pd.read_csv(path, dtype=TEXT), origin
 
 
@@ -188,7 +179,7 @@ def collect(runs, key: list[str], path: Path, command: str, costs=False):
         table = pd.concat([table[kept], added]) if any(kept) else added
         for facts, keys in parts.items():
             made, told = json.loads(facts)
-            about = {"command": command, "format": FORMAT, **made, **told}
+            about = {"command": command, **made, **told}
             part = f"{made['commit']}/{_seal(facts)[:8]}"
             known = origin.get(part, {}).get("runs", [])
             origin[part] = about | {"runs": sorted({*known, *keys})}

@@ -243,7 +243,6 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
             log(f"{run.folder} is not what was written: {run.label()} runs again")
     again = {"missing", "corrupt"} | ({"failed"} if retry_failed else set())
     todo = [run for run, status in found if status in again]
-    todo.sort(key=lambda run: str(run.parameters.get("model")))  # loaded once for each
     models = {run.parameters.get("model") for run in todo}
     wanted, begun = inputs(source, models, grid["threads"]), todo
     given = {"limit": grid["limit"], "wanted": wanted}

@@ -113,13 +113,6 @@ def test_unknown_table_lists_those_there_are(root):
         read_table("large")
 
 
-def test_table_of_another_format_is_refused(root):
-    (root / "results" / "t.csv").write_text("a\n1\n")
-    (root / "results" / "t.json").write_text('{"p": {"format": 99, "commit": "c0"}}')
-    with pytest.raises(ValueError, match="format 99, .* format 1: .*c0"):
-        read_table("t")
-
-
 def test_rows_replace_those_with_their_key(tmp_path):
     """However a CSV file has written the key; rows of other runs stay."""
     path, key = tmp_path / "t.csv", ["task", "seed", "rate", "words"]
