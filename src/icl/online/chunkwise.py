@@ -48,6 +48,8 @@ def chunkwise(
     if implicit and squared:
         beta = beta / (1 + beta * key.square().sum(-1))
     mu = None if isinstance(momentum, int | float) and momentum == 0 else mu
+    if state is not None and state.curvature is not None:
+        raise ValueError("this state is of a learner with curvature, such as Mesa's")
     (W,), (M,), _ = states.init_state(state, key, value)
     X = W.mT if mu is None else torch.cat([W.mT, (M + torch.zeros_like(W)).mT], -2)
     outputs, last = [], key.shape[2] // chunk * chunk

@@ -175,3 +175,10 @@ def test_a_learner_that_diverges_is_refused():
     inputs = draw(600, 16, 16, 1, 1, dtype=torch.float32)
     with pytest.raises(ValueError, match="momentum"):
         chunkwise(*inputs, 1.9, momentum=0.9)
+
+
+def test_a_state_with_curvature_is_refused():
+    q, k, v = draw()
+    _, state, *_ = mesa(q, k, v, beta=BETA)
+    with pytest.raises(ValueError, match="curvature"):
+        chunkwise(q, k, v, state=state)
