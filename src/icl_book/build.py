@@ -17,7 +17,7 @@ from icl.assets import ASSETS, cache_dir, fetch
 from icl_book import execute
 from icl_book.execute import SOURCE_DATE_EPOCH, findings_of, read_parameters
 from icl_book.scoreboard import picture, read_claims, scoreboard
-from icl_book.store import NOTEBOOK, ROOT, BookError, read_run
+from icl_book.store import NOTEBOOK, RESULT, ROOT, BookError, read_run
 from icl_book.sweep import log
 
 #: Of MathJax, what the pages load.
@@ -167,6 +167,8 @@ def executed_page(source: Path, run: Path):
             continue
         ran = outputs.pop(0)
         ran.metadata = nbformat.from_dict(ran.metadata | cell.metadata)
+        # rows for a sweep's table are nothing to read
+        ran.outputs = [o for o in ran.outputs if RESULT not in o.get("data", ())]
         cells.append(ran)
         tags = outputs[0].metadata.get("tags", ()) if outputs else ()
         if "injected-parameters" in tags:

@@ -27,7 +27,7 @@ from icl_book.build import (
 )
 from icl_book.execute import findings_of, plan, run_once
 from icl_book.scoreboard import read_claims
-from icl_book.store import NOTEBOOK, ROOT
+from icl_book.store import NOTEBOOK, RESULT, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -168,7 +168,8 @@ def test_prose_may_be_newer_than_the_run(tmp_path):
     )
     output = nbformat.v4.new_output("display_data", {"text/plain": "2"})
     done = nbformat.v4.new_notebook(cells=[*cells[:2], injected, cells[2].copy()])
-    done.cells[-1].outputs = [output]
+    entered = nbformat.v4.new_output("display_data", {RESULT: {"rows": []}})
+    done.cells[-1].outputs = [entered, output]
     done.metadata["papermill"] = {"input_path": str(source)}
     nbformat.write(done, run)
     cells[0].source = "# New"
