@@ -5,6 +5,7 @@ import datetime
 import html
 import io
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -51,7 +52,6 @@ def begin(scale: str, seed: int = 0):
     """Open a chapter: check its parameters, seed everything, set the figures' style."""
     import torch  # seconds, which not every experiment needs
     from matplotlib_inline.backend_inline import set_matplotlib_formats
-    from transformers.utils.logging import disable_progress_bar
 
     _check_parameters()
     if scale not in SCALES:
@@ -59,7 +59,8 @@ def begin(scale: str, seed: int = 0):
     _checks.clear()
     _findings.clear()
     _opened.update(started=time.perf_counter(), scale=scale, seed=seed)
-    disable_progress_bar()
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.disable_progress_bar()
     np.random.seed(seed)  # noqa: NPY002  (for libraries that draw from it)
     torch.manual_seed(seed)
     plt.style.use("icl_book.book")
