@@ -23,7 +23,7 @@ from icl.activations import (
     capture_queries,
     from_cache,
 )
-from icl.scoring import encode
+from icl.scoring import agree, check_eval, encode
 
 
 def kv_projections(model) -> dict:
@@ -106,9 +106,9 @@ def kv_sgd(
     weights = {name: model.get_parameter(name) for name in parts}
     all_logits = _block_logits if layer_causal else _logits
     losses = []
-    with _in_float32(model), _restored(weights) as before:
-        for weight in weights.values():
-            weight.requires_grad_(True)
+    check_eval(model)
+    trainable = _trainable([*weights.values()])
+    with _in_float32(model), _restored(weights) as before, trainable:
         for step, ids in enumerate(examples, 1):
             ids = torch.tensor(ids, device=model.device)
             total, gradients = 0.0, {}
@@ -141,14 +141,27 @@ def kv_sgd(
 
 @contextmanager
 def _restored(tensors):
-    """After the block the tensors are what they were, bit for bit, without gradient."""
+    """After the block the tensors are what they were, bit for bit."""
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     try:
         yield before
     finally:
         with torch.no_grad():
             for name, tensor in tensors.items():
-                tensor.requires_grad_(False).copy_(before[name])
+                tensor.copy_(before[name])
+
+
+@contextmanager
+def _trainable(weights):
+    """The weights with gradients, and then with or without as they were."""
+    before = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight, trained in zip(weights, before, strict=True):
+            weight.requires_grad_(trained)
 
 
 @contextmanager
@@ -190,13 +203,23 @@ def _block_logits(model, ids):
             pre = block.register_forward_pre_hook(detach, with_kwargs=True)
             hooks.enter_context(pre)
             hooks.enter_context(block.register_forward_hook(keep))
-        model(ids, use_cache=False, logits_to_keep=1)
+        own = model(ids, use_cache=False, logits_to_keep=1).logits[0, -1:]
     names = ("norm", "ln_f", "final_layer_norm", "layer_norm", "project_out")
     last = [getattr(stack, n) for n in names if getattr(stack, n, None) is not None]
-    for states in found:
+
+    def read(states):
         for module in last:
             states = module(states)
-        yield model.get_output_embeddings()(states)[0]
+        return model.get_output_embeddings()(states)[0]
+
+    with torch.no_grad():
+        final = [x.float().log_softmax(-1) for x in (read(found[-1][:, -1:]), own)]
+    if not agree(*final, torch.float32):
+        raise ValueError(
+            f"layer-causal finetuning does not cover {type(model).__name__}: between "
+            "its last block and its logits is more than a norm"
+        )
+    yield from map(read, found)
 
 
 def _blocks(model):
@@ -219,7 +242,7 @@ def applied_update(model, update: dict[str, Tensor]):
     parts = kv_projections(model)
     with _in_float32(model):
         views = {
-            name: parts.get(name, lambda t: t)(model.get_parameter(name))
+            name: parts.get(name, lambda t: t)(model.get_parameter(name).detach())
             for name in update
         }
         with _restored(views):

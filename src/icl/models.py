@@ -101,6 +101,9 @@ def _read(name, dtype, **options):
             if {"icl_attention", "icl_layerwise"} & vars(model.config).keys():
                 folder = Path(cached_file(where, CONFIG_NAME, **found)).parent
                 restore_attention(model, folder)
+            unused = {*report["unexpected_keys"]} - model.state_dict().keys()
+            if unused and "gguf_file" not in found:
+                raise ValueError(f"weights without a use: {', '.join(sorted(unused))}")
             rows = len(model.get_input_embeddings().weight)
             vocabulary = tokenizer.get_vocab() if len(tokenizer) > rows else {}
             vocabulary.pop(tokenizer.pad_token, None)
@@ -217,6 +220,7 @@ def untrained(model, seed, keep=()):
         torch.manual_seed(seed)
         config = deepcopy(model.config)  # or the two would share it
         fresh = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        restore_attention(fresh)
     fresh = fresh.to(model.device).eval().requires_grad_(False)
     own = dict(fresh.named_modules())
     for name, module in model.named_modules():

@@ -10,6 +10,7 @@ a mask gets every prompt by itself.
 
 import inspect
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -112,6 +113,7 @@ class Packing:
     ):
         texts = queries, label_words, demonstrations, blank
         self.model = model
+        check_eval(model)
         prefix, queries, self.labels = _encode(tokenizer, *texts)
         self.shown, self._keys_values = len(prefix), []
         self._prefix, self._queries = _share(prefix, queries)
@@ -122,7 +124,7 @@ class Packing:
         return len(self._queries)
 
     def rows(self, whole: int | None = None) -> Iterator[Row]:
-        """All queries, those of like length in one row.
+        """All queries, those of like length in one row, the longest first.
 
         Args:
             whole: a label whose last token is to stand in the row as well; default
@@ -137,16 +139,17 @@ class Packing:
         on_cuda = self.model.device.type == "cuda"
         limit = _PACK_TOKENS_CUDA if on_cuda else PACK_TOKENS
         branches = sum(len(ids) - 1 for ids in self.labels)
-        pack, used = [], 0
+        packs, used = [[]], 0
         lengths = np.array([len(query) for query in self._queries])
         for n in lengths.argsort(kind="stable").tolist():
             size = lengths[n] + branches
-            if pack and used + size > limit:
-                yield self._lay_out(pack, whole)
-                pack, used = [], 0
-            pack.append(n)
+            if packs[-1] and used + size > limit:
+                packs.append([])
+                used = 0
+            packs[-1].append(n)
             used += size
-        yield self._lay_out(pack, whole)
+        for pack in reversed(packs):  # what is compared is the longest
+            yield self._lay_out(pack, whole)
 
     def _check_length(self, label):
         context = context_length(self.model.config)
@@ -165,6 +168,12 @@ class Packing:
             layers = DynamicCache(config=self.model.config).layers
             if "not packed" in self._known or {*map(type, layers)} - _ATTENTION:
                 raise self._refusal()
+            rope = getattr(self.model.config, "rope_parameters", None) or {}
+            turned = rope.get("original_max_position_embeddings", math.inf)
+            longest = len(self._prefix) + max(map(len, self._queries))
+            longest += max(map(len, self.labels)) - 1
+            if rope.get("rope_type") == "longrope" and longest > turned:
+                raise self._refusal()  # the longest turns the others' positions
             if self._prefix and not self._keys_values:
                 cache = DynamicCache()
                 ids = torch.tensor([self._prefix], device=self.model.device)
@@ -231,8 +240,8 @@ class Packing:
     def check(self, row: Row, log_p: Float[Tensor, "S V"]) -> None:
         """Compare a row's last query with its prompt alone, from scratch.
 
-        Rows of a kind (with or without a prefix, neighbours and branches) are not
-        compared again unless they are longer by a quarter.
+        Rows of a kind (with or without a prefix, neighbours and branches) are compared
+        again if they are longer than before, or their prefix is shorter.
 
         Raises:
             ValueError: they differ by more than rounding.
@@ -240,13 +249,14 @@ class Packing:
         label, (last, inner) = max(self.labels, key=len), row.slots[-1]
         stops = [last, *inner[self.labels.index(label)]]
         kind = bool(self._prefix), len(row.numbers) > 1, len(label) > 1
-        length = len(self._prefix) + len(row.ids)
-        if length <= 1.25 * self._known.get(kind, 0) or not log_p.isfinite().any():
+        prefix, length = len(self._prefix), len(self._prefix) + len(row.ids)
+        shortest, longest = self._known.get(kind, (prefix, 0))
+        if (prefix >= shortest and length <= longest) or not log_p.isfinite().any():
             return  # label_scores says what is not finite
         ids = self._prefix + self._queries[row.numbers[-1]] + label[:-1]
         if not agree(log_p[stops], self._alone(ids, len(label)), self.model.dtype):
             raise self._refusal()
-        self._known[kind] = length
+        self._known[kind] = min(prefix, shortest), max(length, longest)
 
     def score_alone(self) -> Float[np.ndarray, "N C"]:
         """Scores of all queries, each prompt in passes of its own: slower.
@@ -321,6 +331,12 @@ def facts(model) -> dict:
     config = model.config
     layout = getattr(config, "_attn_implementation", None), config.to_json_string()
     return _found.setdefault(model, {}).setdefault(layout, {})
+
+
+def check_eval(model):
+    """Refuse a model in training mode, whose dropout makes all numbers random."""
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() first")
 
 
 def _log_softmax(logits):

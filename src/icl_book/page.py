@@ -90,8 +90,10 @@ def check(claim, got, expected=0.0, tolerance=0.0) -> None:
         tolerance: the largest allowed absolute difference. 0 asks for equality.
 
     """
+    if any("complex" in str(getattr(v, "dtype", type(v))) for v in (got, expected)):
+        raise ValueError(f"{claim}: compare real and imaginary parts by themselves")
     got, expected = (
-        np.asarray(v.detach().cpu() if hasattr(v, "detach") else v, dtype=float)
+        np.asarray(v.detach().cpu().double() if hasattr(v, "detach") else v, float)
         for v in (got, expected)
     )
     if expected.size != 1 and np.broadcast(got, expected).shape != got.shape:

@@ -127,11 +127,12 @@ def table_path(name: str) -> Path:
     return ROOT / "results" / f"{name}.csv"
 
 
-def read_table(name: str | Path) -> tuple[pd.DataFrame, dict]:
+def read_table(name: str | Path, words=()) -> tuple[pd.DataFrame, dict]:
     """A table and what made it, ``{}`` if unrecorded.
 
     Args:
         name: of a table in ``results/``, or the path of the CSV file of a sweep.
+        words: columns that are no numbers, whatever they look like.
 
     Raises:
         ValueError: there is no such table.
@@ -142,7 +143,9 @@ def read_table(name: str | Path) -> tuple[pd.DataFrame, dict]:
         raise ValueError(f"no table {str(name)!r} in {path.parent}; there are: {there}")
     about = path.with_suffix(".json")
     origin = json.loads(about.read_text()) if about.exists() else {}
-    return pd.read_csv(path, dtype=TEXT), origin
+    # only an empty entry is missing; NA and None are words
+    blank = {"keep_default_na": False, "na_values": [""]}
+    return pd.read_csv(path, dtype=TEXT | dict.fromkeys(words, str), **blank), origin
 
 
 def collect(runs, key: list[str], path: Path, command: str, costs=False):
@@ -169,8 +172,10 @@ def collect(runs, key: list[str], path: Path, command: str, costs=False):
         return read_table(path)[0] if path.is_file() else pd.DataFrame()
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.stem}.lock")):
-        table, origin = read_table(path) if path.is_file() else (pd.DataFrame(), {})
         added = pd.DataFrame(rows)
+        words = [c for c in added if added[c].map(type).isin([str]).all()]
+        old = read_table(path, words) if path.is_file() else (pd.DataFrame(), {})
+        table, origin = old
         for column in added:  # a CSV file has no lists but as JSON
             if added[column].map(type).isin([list, dict]).any():
                 added[column] = added[column].map(json.dumps)
@@ -204,6 +209,7 @@ def key_of(row: dict, key: list[str]) -> str:
     A file of weights goes by its name.
     """
     values = ["" if v is None or v != v else v for v in map(row.get, key)]
+    values = [int(v) if isinstance(v, float) and v % 1 == 0 else v for v in values]
     values = [json.dumps(v) if isinstance(v, list) else str(v) for v in values]
     values = [Path(v).stem if v.endswith(".gguf") else v for v in values]
-    return ", ".join(value.removesuffix(".0") for value in values)
+    return ", ".join(values)

@@ -72,6 +72,8 @@ def read_grid(path: Path) -> dict:
     runs, key = list(runs.values()), grid.get("key", list(known))
     if strange := [name for name in key if str(name) not in known]:
         raise BookError(f"{path}: key has {strange[0]}, which is no parameter")
+    if len({store.key_of(run, key) for run in runs}) < len(runs):
+        raise BookError(f"{path}: key {key} does not tell all runs apart")
     threads, limit = grid.get("threads", 1), grid.get("limit", 24 * 3600)
     if not runs or threads < 1 or not 0 < limit < math.inf:
         raise BookError(f"{path}: needed are a run, a thread and a second, at least")

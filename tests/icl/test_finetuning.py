@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import TINY, tiny_model
+from conftest import SMALL, TINY, tiny_model
 
 from icl.activations import capture_qkv, capture_queries
 from icl.finetuning import (
@@ -291,3 +291,24 @@ def test_fused_projections_that_no_rule_splits(family, tokenizer):
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=type(model).__name__):
         kv_sgd(model, tokenizer, TEXTS, 1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_a_model_that_is_being_trained_stays_so(family, tokenizer):
+    model = tiny_model(family).requires_grad_(True)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    update, _ = kv_sgd(model, tokenizer, ["the film was good"], 0.1)
+    with applied_update(model, update):
+        pass
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad
+        assert torch.equal(parameter, before[name])
+    with pytest.raises(ValueError, match="eval"):
+        kv_sgd(model.train(), tokenizer, ["the film was good"], 0.1)
+
+
+def test_layer_causal_finetuning_of_another_head_is_refused(tokenizer):
+    model = tiny_model("granite", **SMALL, logits_scaling=4.0)
+    kv_sgd(model, tokenizer, ["the film was good"], 0.1)
+    with pytest.raises(ValueError, match="layer-causal"):
+        kv_sgd(model, tokenizer, ["the film was good"], 0.1, layer_causal=True)

@@ -10,6 +10,7 @@ from conftest import TINY, tiny_model
 from tokenizers import normalizers
 
 from icl import scoring
+from icl.attention import replace_attention
 from icl.scoring import Packing, score
 
 PREFIX = (
@@ -193,3 +194,22 @@ def test_output_that_is_not_finite(tokenizer):
         model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="float32"):
         score(model, tokenizer, QUERIES, LABELS)
+
+
+@pytest.mark.parametrize("first", [PREFIX, ""])
+def test_a_prefix_of_another_length_is_compared_again(first, tokenizer):
+    """Behind a border in the prompt a packed row is right by its prefix alone."""
+    model = tiny_model("llama")
+    replace_attention(model, "regularised", alpha=0.9, demonstrations=8)
+    for prefix in (first, PREFIX, "the film "):
+        got = score(model, tokenizer, QUERIES, LABELS, prefix)
+        want = one_by_one(model, tokenizer, QUERIES, LABELS, prefix)
+        np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+
+
+def test_a_model_in_training_mode_is_refused(tokenizer):
+    model = tiny_model("gpt2").train()
+    with pytest.raises(ValueError, match="eval"):
+        score(model, tokenizer, QUERIES, LABELS)
+    got = score(model.eval(), tokenizer, QUERIES, LABELS)
+    np.testing.assert_array_equal(got, score(model, tokenizer, QUERIES, LABELS))

@@ -50,6 +50,13 @@ def test_check_does_not_stretch_what_it_compares():
     check("each number", np.ones((2, 3)), [1])
 
 
+def test_check_of_other_numbers():
+    check("half precision", torch.ones(3, dtype=torch.bfloat16), 1)
+    for one in (1 + 5j, np.array([1 + 5j]), torch.tensor([1 + 5j])):
+        with pytest.raises(ValueError, match="imaginary"):
+            check("only half of it", one, 1)
+
+
 @pytest.mark.parametrize(
     "injected", ["steps = 10", "steps = 2.5", "step = 3", "eta = float('nan')"]
 )

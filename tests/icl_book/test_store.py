@@ -9,7 +9,15 @@ import nbformat
 import pytest
 
 from icl_book import store
-from icl_book.store import NOTEBOOK, RECORD, collect, read_run, read_table, save_run
+from icl_book.store import (
+    NOTEBOOK,
+    RECORD,
+    collect,
+    keys_in,
+    read_run,
+    read_table,
+    save_run,
+)
 
 MADE = {"commit": "c0ffee", "torch": "2.0"}
 
@@ -212,3 +220,15 @@ def test_committed_tables_say_what_made_them():
             drawn = run.get("data") == "drawn from the seed"
             assert drawn or {"model", "data_sha256"} <= {*run}
             assert "dirty" not in run["commit"], f"{path.name} is of no commit"
+
+
+def test_words_that_look_like_numbers(tmp_path):
+    """Every collect leaves the rows that are there as they are."""
+    words = ["v1", "v1.0", "007", "7", "NA", "None", "1e3", "0110"]
+    path = tmp_path / "t.csv"
+    for n in range(2):
+        for word in words:
+            run = made(tmp_path / f"{word}-{n}", {"w": word}, [{"found": word}])
+            table = collect([run], ["w"], path, "command")
+    assert table.w.tolist() == table.found.tolist() == words
+    assert keys_in(path, ["w"]) >= {*words}

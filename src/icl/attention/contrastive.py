@@ -51,8 +51,14 @@ class _Contrastive(AttentionKind):
         place = torch.arange(key.shape[2], device=key.device).expand(len(key), -1)
         begin = 0
         if mask is not None:  # padding stands before a sequence
-            seen = to_bool_mask(mask).any(2)[:, 0]
+            seen = to_bool_mask(mask)[:, 0]
+            asks, seen = seen.any(-1), seen.any(1)
             begin = seen.int().argmax(-1, keepdim=True)
+            first = to_bool_mask(mask)[:, 0].int().argmax(-1)
+            if (first != begin)[asks].any():
+                raise ValueError(
+                    "demonstrations of several texts in a row, or a window"
+                )
         early = place < begin + self.demonstrations
         shown = (early & (place >= begin))[:, None, :, None]
         return shown, early[:, key.shape[2] - query.shape[2] :]

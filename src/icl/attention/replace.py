@@ -132,7 +132,8 @@ def replace_attention(
             options, so that a saved model comes back with its attention:
             :func:`icl.models.load_model` loads what was learned too, and
             ``from_pretrained`` refuses where :mod:`icl.attention` is not imported.
-        kind: a name in ``KINDS``.
+        kind: a name in ``KINDS``, or ``"softmax"``, which takes away what was replaced,
+            momentum from block to block too.
         learned: let every head learn its rates, of a kind that has some. They are
             parameters of the attention modules (``rate_logits``, ``gate_weights``,
             ``convolution_weights``), marked ``no_weight_decay``, as all that is not a
@@ -144,8 +145,11 @@ def replace_attention(
         ValueError: an unknown kind, option or layer, an option that is missing or not
             allowed, or an architecture whose attention cannot be replaced.
     """
+    modules = attention_modules(model)
+    if kind == "softmax":
+        return _restore_softmax(model, modules)
     if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+        raise ValueError(f"kind {kind!r} is not one of softmax, {', '.join(KINDS)}")
     if learned:
         options["learned"] = True
     try:
@@ -158,7 +162,12 @@ def replace_attention(
             f"the attention of {type(model).__name__} cannot be replaced; that of "
             "gpt2, opt, gpt_neox, llama and qwen can"
         )
-    modules = attention_modules(model)
+    capped = getattr(model.config, "attn_logit_softcapping", None)
+    if capped or any(hasattr(module, "sinks") for module in modules):
+        raise ValueError(
+            f"the attention of {type(model).__name__} has sinks, or a cap on its "
+            "scores, which would be lost"
+        )
     layers = [*range(len(modules))] if layers is None else [*layers]
     if not {*layers} <= {*range(len(modules))}:
         raise ValueError(f"layers are 0 to {len(modules) - 1}, not {layers}")
@@ -167,11 +176,13 @@ def replace_attention(
         n: v.tolist() if isinstance(v, Tensor) else v
         for n, v in asdict(attention).items()
     }
+    learned = [
+        attention.init_learned(model, layer) if layer in layers else {}
+        for layer in range(len(modules))
+    ]
     model.config.icl_attention = saved | chosen
-    for layer, module in enumerate(modules):
-        for name in module.__dict__.pop("icl_learned", ()):  # by the kind before
-            delattr(module, name)
-        parts = attention.init_learned(model, layer) if layer in layers else {}
+    for module, parts in zip(modules, learned, strict=True):
+        _forget(module)
         for name, part in parts.items():
             setattr(module, name, part)
         module.icl_learned = [*parts]
@@ -180,8 +191,27 @@ def replace_attention(
     return model
 
 
-def restore_attention(model: PreTrainedModel, folder) -> PreTrainedModel:
+def _restore_softmax(model, modules):
+    for module in modules:
+        _forget(module)
+    for hook in model.__dict__.pop("icl_layerwise", ()):
+        hook.remove()
+    for name in ("icl_attention", "icl_layerwise", "attn_implementation"):
+        vars(model.config).pop(name, None)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def _forget(module):
+    """Delete what the kind before has learned."""
+    for name in module.__dict__.pop("icl_learned", ()):
+        delattr(module, name)
+
+
+def restore_attention(model: PreTrainedModel, folder=None) -> PreTrainedModel:
     """Give a loaded model the attention that it was saved with, and what that learned.
+
+    Without a folder that begins anew.
 
     Raises:
         ValueError: learned parameters that no safetensors file of the folder holds.
@@ -193,12 +223,15 @@ def restore_attention(model: PreTrainedModel, folder) -> PreTrainedModel:
     own = {*model.state_dict()}
     replace_attention(model, **saved)
     missing = {n: part for n, part in model.state_dict().items() if n not in own}
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    if folder is None:
+        return model
+    for path in sorted(Path(folder).glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in missing.keys() & {*file.keys()}:
-                missing.pop(name).copy_(file.get_tensor(name))
+                if missing[name].shape == (found := file.get_tensor(name)).shape:
+                    missing.pop(name).copy_(found)
     if missing:
-        raise ValueError(f"{folder} has no weights {', '.join(missing)}")
+        raise ValueError(f"{folder} has no weights {', '.join(missing)} of this shape")
     return model
 
 
@@ -225,7 +258,7 @@ def layerwise_momentum(model: PreTrainedModel, mu: float) -> list:
     a second call replaces the first.
 
     Returns:
-        hooks on the blocks; ``remove()`` of each takes the momentum away again.
+        hooks on the blocks. ``replace_attention(model, "softmax")`` takes them away.
     """
     if not 0 < mu < 1:
         raise ValueError(f"mu must lie in (0, 1), not {mu}")
@@ -283,7 +316,7 @@ def _attend(cls, module, query, key, value, attention_mask, **options):
     module.config.attn_implementation = f"icl_{cls.kind}"  # saved, also if loaded
     if module.layer_idx not in module.config.icl_attention["layers"]:
         return sdpa_attention_forward(module, *inputs, **options)
-    window = getattr(module, "sliding_window", None)
+    window = getattr(module, "sliding_window", None) or options.get("sliding_window")
     if kind.needs_all_keys and window and end >= window:
         raise ValueError(
             f"{cls.kind} attention needs all keys, not a window of {window}"

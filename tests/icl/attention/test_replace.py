@@ -11,8 +11,9 @@ from functools import lru_cache
 import jaxtyping
 import pytest
 import torch
-from conftest import TINY, assert_same_token_by_token, padded_left, tiny_model
-from transformers import AutoModelForCausalLM, StaticCache
+from conftest import SHARED, TINY, assert_same_token_by_token, padded_left, tiny_model
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from icl.activations import attention_modules
 from icl.attention import (
@@ -24,7 +25,7 @@ from icl.attention import (
     replace_attention,
     restore_attention,
 )
-from icl.models import load_model
+from icl.models import load_model, untrained
 from icl.scoring import score
 from icl.tasks import token_counts
 
@@ -648,3 +649,72 @@ def test_layerwise_momentum_once(tmp_path):
     model.train().activation_checkpointing_enable()
     with pytest.raises(ValueError, match="checkpointing"):
         model(IDS)
+
+
+def test_softmax_takes_away_what_was_replaced(tmp_path):
+    model = tiny_model("llama")
+    whole = model(IDS).logits
+    replace_attention(model, "momentum", eta=0.5, learned=True)
+    layerwise_momentum(model, 0.4)
+    replace_attention(model, "softmax")
+    assert torch.equal(model(IDS).logits, whole)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(restore_attention(again, tmp_path)(IDS).logits, whole)
+
+
+def test_a_refusal_leaves_the_model_as_it_was():
+    model = replaced("llama", "momentum", eta=0.5, learned=True)
+    whole = model(IDS).logits
+    with pytest.raises(ValueError, match="hidden"):
+        replace_attention(model, "augmented", hidden=0)
+    assert torch.equal(model(IDS).logits, whole)
+
+
+def test_an_attention_that_is_more_than_a_softmax_is_refused():
+    small = dict(SHARED, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    for family in ("gpt_oss", "gemma2"):
+        config = AutoConfig.for_model(family, vocab_size=38, **small)
+        with pytest.raises(ValueError, match="sinks, or a cap"):
+            replace_attention(AutoModelForCausalLM.from_config(config), "linear")
+
+
+def test_a_window_that_is_an_option_of_the_layer():
+    config = AutoConfig.for_model("mistral", vocab_size=38, sliding_window=6, **SHARED)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    replace_attention(model, "negative", beta=0.5, k=2)
+    with pytest.raises(ValueError, match="window"):
+        model(IDS)
+
+
+def test_demonstrations_of_two_texts_in_a_row_are_refused():
+    model = replaced("llama", "regularised", alpha=0.6, demonstrations=3)
+    positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
+    with pytest.raises(ValueError, match="several texts"):
+        model(IDS, position_ids=positions)
+
+
+def test_other_files_beside_the_model_are_not_read(tmp_path):
+    model = replaced("llama", "momentum", eta=0.5, learned=True)
+    model.save_pretrained(tmp_path)
+    one = {n: torch.zeros(1) for n in learned_names(model)}
+    save_file(one, tmp_path / "backup.safetensors")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(rates(restore_attention(again, tmp_path)), rates(model))
+    save_file(one, tmp_path / "model.safetensors")
+    again = replace_attention(tiny_model("llama"), "softmax")
+    again.config.icl_attention = model.config.icl_attention
+    with pytest.raises(ValueError, match="of this shape"):
+        restore_attention(again, tmp_path)
+
+
+def test_an_untrained_model_has_the_attention():
+    model = replaced("llama", "augmented", hidden=5)
+    layerwise_momentum(model, 0.4)
+    fresh = untrained(model, 1)
+    names = {n for n, _ in fresh.named_parameters()}
+    assert names == {n for n, _ in model.named_parameters()}
+    found = fresh(IDS).logits
+    fresh.load_state_dict(model.state_dict())
+    assert (found - fresh(IDS).logits).abs().max() > 1e-3
+    torch.testing.assert_close(fresh(IDS).logits, model(IDS).logits)
