@@ -691,7 +691,7 @@ def test_demonstrations_of_two_texts_in_a_row_are_refused():
     model = replaced("llama", "regularised", alpha=0.6, demonstrations=3)
     positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
     with pytest.raises(ValueError, match="several texts"):
-        model(IDS, position_ids=positions)
+        model(IDS, position_ids=positions, use_cache=False)
 
 
 def test_other_files_beside_the_model_are_not_read(tmp_path):
