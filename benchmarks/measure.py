@@ -24,7 +24,6 @@ from filelock import FileLock
 from torch.profiler import ProfilerActivity, profile
 
 from icl_book.store import (
-    FORMAT,
     environment,
     read_table,
     table_path,
@@ -98,7 +97,6 @@ def save(task=None, seed=0):
         facts |= {"data_sha256": task.digest(), "data_source": task.source}
     facts = {
         "command": " ".join(["python", *sys.argv]),
-        "format": FORMAT,
         **facts,
         "processor": processor(),
         "threads": torch.get_num_threads(),
