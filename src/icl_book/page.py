@@ -237,6 +237,9 @@ def _entry(name, value):
         return [_entry(name, part) for part in value]
     if isinstance(value, float):
         return value if np.isfinite(value) else None
+    if isinstance(value, str):  # as a CSV file can hold it
+        value.encode()  # an error for half of a surrogate pair
+        value = value.replace("\r\n", "\n").replace("\r", "\n")
     if value is None or isinstance(value, (bool, int, str)):
         return value
     raise ValueError(
