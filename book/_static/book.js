@@ -13,6 +13,9 @@ addEventListener("load", () => {
   for (const button of document.querySelectorAll(".search-button-field")) {
     button.setAttribute("aria-label", button.textContent.replace(/\s+/g, " ").trim());
   }
+  for (const summary of document.querySelectorAll("summary[aria-label]")) {
+    summary.removeAttribute("aria-label");
+  }
   for (const list of document.querySelectorAll(".citation-list")) {
     list.removeAttribute("role");
   }
