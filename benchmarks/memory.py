@@ -133,7 +133,9 @@ def language_models():
         "delta, momentum": {"kind": "delta", **started},
     }
     lengths = (512, 1024, 2048, 4096, 8192)
-    models = [build_model("1m", 256, lengths[-1], 0, a, False) for a in arms.values()]
+    models = [
+        build_model("1m", 256, lengths[-1], 0, a, rotary=False) for a in arms.values()
+    ]
     times, most = {}, {}
     for length in lengths:
         ids = torch.randint(256, (1, length))

@@ -50,7 +50,7 @@ def plain_loop(batches):
 
 
 def trainer(batches, attention):
-    model = build_model(SIZE, VOCABULARY, LENGTH, 0, attention, False)
+    model = build_model(SIZE, VOCABULARY, LENGTH, 0, attention, rotary=False)
     with tempfile.TemporaryDirectory() as folder:
         train(model, batches, folder, CONFIG, report=str)
 

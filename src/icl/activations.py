@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from icl.scoring import TRUNK, Packing, agree, context_length, facts
+from icl.scoring import TRUNK, Packing, agree, check_eval, context_length, facts
 
 #: The families whose attention can be reached.
 FAMILIES = "gpt2, opt, xglm, gpt_neox, llama and qwen"
@@ -125,6 +125,7 @@ def capture_queries(model):
         ValueError: what is collected does not give the model's own attention weights
             and prediction of a few tokens (compared once).
     """
+    check_eval(model)
     known = facts(model)
     if "heads" not in known:
         known["heads"] = _has_heads(model)

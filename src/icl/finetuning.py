@@ -103,10 +103,10 @@ def kv_sgd(
                 f"one is predicted, and the model holds {context}"
             )
     parts = kv_projections(model) if parts is None else parts
+    check_eval(model)
     weights = {name: model.get_parameter(name) for name in parts}
     all_logits = _block_logits if layer_causal else _logits
     losses = []
-    check_eval(model)
     trainable = _trainable([*weights.values()])
     with _in_float32(model), _restored(weights) as before, trainable:
         for step, ids in enumerate(examples, 1):

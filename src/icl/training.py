@@ -167,7 +167,7 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
         batches: the model's arguments by step (from 0), arrays of ``config.batch``
             rows, such as :func:`text_batches`.
         folder: of this run alone, for its checkpoint, ``checkpoint.safetensors``, and
-            the model as transformers saves it.
+            at the end the model as transformers saves it.
         config: settings.
         measure: number to evaluate of the model; default none.
         report: receives a line of progress after the first step, which says how long
@@ -236,7 +236,8 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
         state["step"], state["total"] = done, float(total)
         if saves and accelerator.is_main_process:
             _save(checkpoint, model, optimizer, state)
-            model.save_pretrained(folder)  # what load_model reads
+            if done == config.steps:
+                model.save_pretrained(folder)  # what load_model reads
         accelerator.wait_for_everyone()
     model.eval()
     return state["history"]

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import signal
 import sys
 import time
@@ -11,8 +10,8 @@ from pathlib import Path
 from icl.assets import AssetError
 from icl_book.build import build_book, chapter_path, chapters, costs, run_page
 from icl_book.execute import parse_parameters
-from icl_book.store import NOTEBOOK, ROOT, BookError, keys_in, table_path
-from icl_book.sweep import dry_run, make_table, read_grid
+from icl_book.store import NOTEBOOK, ROOT, BookError, table_path
+from icl_book.sweep import make_table
 
 
 def book(scale, to):
@@ -33,14 +32,7 @@ def chapter(name, parameters):
 
 def sweep(grid, to, dry, committed, **options):
     table = table_path(grid.stem) if committed else None
-    if not dry:
-        return make_table(grid, to, table, **options)
-    what = read_grid(grid)
-    folder = (to or ROOT / "_build" / "sweeps" / grid.stem).resolve()
-    target = table or folder / f"{grid.stem}.csv"
-    skip = keys_in(target, what["key"]) if options["only_missing"] else ()
-    dry_run(what, folder, options["workers"] or os.cpu_count(), skip)
-    return True
+    return make_table(grid, to, table, dry=dry, **options)
 
 
 def main(arguments=None) -> int:

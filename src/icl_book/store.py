@@ -174,8 +174,9 @@ def collect(runs, key: list[str], path: Path, command: str, costs=False):
     with FileLock(path.with_name(f".{path.stem}.lock")):
         added = pd.DataFrame(rows)
         words = [c for c in added if added[c].map(type).isin([str]).all()]
-        old = read_table(path, words) if path.is_file() else (pd.DataFrame(), {})
-        table, origin = old
+        table, origin = pd.DataFrame(), {}
+        if path.is_file():
+            table, origin = read_table(path, words)
         for column in added:  # a CSV file has no lists but as JSON
             if added[column].map(type).isin([list, dict]).any():
                 added[column] = added[column].map(json.dumps)

@@ -313,7 +313,9 @@ def log(text, end="\n"):
     print(text, end=end, flush=True)
 
 
-def make_table(path: Path, folder=None, table=None, only_missing=False, **options):
+def make_table(
+    path: Path, folder=None, table=None, only_missing=False, dry=False, **options
+):
     """Sweep a grid and collect the rows of its runs; whether all are finished.
 
     Args:
@@ -322,12 +324,16 @@ def make_table(path: Path, folder=None, table=None, only_missing=False, **option
         table: path of the CSV file; default ``NAME.csv`` in that folder, where rows
             have their costs too.
         only_missing: leave out runs of which the table has rows.
+        dry: make none, but print which there are (:func:`dry_run`).
         options: as for :func:`sweep`.
     """
     grid = read_grid(path)
     folder = (folder or ROOT / "_build" / "sweeps" / path.stem).resolve()
     target = table or folder / f"{path.stem}.csv"
     skip = store.keys_in(target, grid["key"]) if only_missing else ()
+    if dry:
+        dry_run(grid, folder, options["workers"] or os.cpu_count(), skip)
+        return True
     runs, command = expand(grid, folder), f"python -m icl_book sweep {path}"
     try:
         return sweep(grid, folder, skip=skip, **options)

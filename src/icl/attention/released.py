@@ -92,7 +92,7 @@ class ReleasedMomentumAttention(AttentionKind, kind="released_momentum"):
         """
         kept = module is not None and not (weight.requires_grad or decay.requires_grad)
         last = getattr(module, "icl_kernel", None) if kept else None
-        if last is None or not _same(last, (decay, weight), dtype, length):
+        if last is None or not self._is_of(last, (decay, weight), dtype, length):
             longest = reach = 2 ** (length - 1).bit_length()
             slowest = max(decay.amax().item(), torch.finfo(decay.dtype).tiny)
             if slowest < 1:  # what is left of the sum is below rounding
@@ -102,17 +102,18 @@ class ReleasedMomentumAttention(AttentionKind, kind="released_momentum"):
             if not self.current:
                 kernel = pad(kernel[:, 1:], (1, 0))
             kernel = kernel.flip(1).unflatten(0, (heads, -1)).mT.to(dtype).contiguous()
-            last = kernel, decay, weight, math.inf if reach < longest else longest
+            longest = math.inf if reach < longest else longest
+            last = kernel, self, decay, weight, longest
             if kept:
                 module.icl_kernel = last
         return last[0][:, max(0, last[0].shape[1] - length) :]
 
-
-def _same(last, rates, dtype, length):
-    """Whether a kernel that was kept is of these rates, and long enough."""
-    kernel, *known, longest = last
-    same = kernel.dtype == dtype and kernel.device == rates[0].device
-    return same and longest >= length and all(map(torch.equal, known, rates))
+    def _is_of(self, last, rates, dtype, length):
+        """Whether a kernel that was kept is of this kind and its rates, and as long."""
+        kernel, kind, *known, longest = last
+        same = kind == self and kernel.dtype == dtype
+        same = same and kernel.device == rates[0].device and longest >= length
+        return same and all(map(torch.equal, known, rates))
 
 
 def ema_kernel(decay: Rates, weight: Rates, length: int) -> Float[Tensor, "d L"]:

@@ -136,8 +136,7 @@ def replace_attention(
             momentum from block to block too.
         learned: let every head learn its rates, of a kind that has some. They are
             parameters of the attention modules (``rate_logits``, ``gate_weights``,
-            ``convolution_weights``), marked ``no_weight_decay``, as all that is not a
-            matrix between hidden states.
+            ``convolution_weights``), marked ``no_weight_decay``.
         layers: numbers from 0 on of those to replace; default all.
         options: of the kind, see ``help(KINDS[kind])``.
 
@@ -160,7 +159,7 @@ def replace_attention(
     if not model._supports_attention_backend:
         raise ValueError(
             f"the attention of {type(model).__name__} cannot be replaced; that of "
-            "gpt2, opt, gpt_neox, llama and qwen can"
+            "gpt2, opt, gpt_neox, llama, qwen and gemma can"
         )
     capped = getattr(model.config, "attn_logit_softcapping", None)
     if capped or any(hasattr(module, "sinks") for module in modules):
@@ -176,12 +175,12 @@ def replace_attention(
         n: v.tolist() if isinstance(v, Tensor) else v
         for n, v in asdict(attention).items()
     }
-    learned = [
+    parts_of = [
         attention.init_learned(model, layer) if layer in layers else {}
         for layer in range(len(modules))
     ]
     model.config.icl_attention = saved | chosen
-    for module, parts in zip(modules, learned, strict=True):
+    for module, parts in zip(modules, parts_of, strict=True):
         _forget(module)
         for name, part in parts.items():
             setattr(module, name, part)
@@ -211,10 +210,10 @@ def _forget(module):
 def restore_attention(model: PreTrainedModel, folder=None) -> PreTrainedModel:
     """Give a loaded model the attention that it was saved with, and what that learned.
 
-    Without a folder that begins anew.
+    Without a folder, learned parameters begin anew.
 
     Raises:
-        ValueError: learned parameters that no safetensors file of the folder holds.
+        ValueError: learned parameters that the model's safetensors files do not hold.
     """
     if mu := getattr(model.config, "icl_layerwise", None):
         layerwise_momentum(model, mu)

@@ -175,3 +175,13 @@ def test_a_changed_rate_is_seen_by_the_next_step():
         torch.testing.assert_close(step, model(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
         for module in attention_modules(model):
             module.ema_weights.data.neg_()
+
+
+@torch.no_grad()
+def test_another_kernel_of_the_same_rates_is_seen_by_the_next_step():
+    model, ids = tiny_model("llama"), torch.tensor([[3, 7, 5, 9]])
+    for current in (True, False):
+        replace_attention(model, "released_momentum", current=current)
+        cache = model(ids[:, :3], use_cache=True).past_key_values
+        step = model(ids[:, 3:], past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(step, model(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
