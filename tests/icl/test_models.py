@@ -215,6 +215,17 @@ def test_a_folder_that_is_not_whole(named, tmp_path):
     assert str(tmp_path) in str(refused.value)
 
 
+def test_weights_without_a_use(tmp_path):
+    """A layer that the configuration does not know is not left out in silence."""
+    save(tiny_model("llama"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"num_hidden_layers": 2}
+    config.pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"without a use: model\.layers\.2"):
+        load_model(tmp_path)
+
+
 def test_a_padding_token_needs_no_row_in_the_embedding(tmp_path):
     save(tiny_model("llama"), tmp_path)
     tokenizer = word_tokenizer()

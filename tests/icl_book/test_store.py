@@ -224,11 +224,13 @@ def test_committed_tables_say_what_made_them():
 
 def test_words_that_look_like_numbers(tmp_path):
     """Every collect leaves the rows that are there as they are."""
-    words = ["v1", "v1.0", "007", "7", "NA", "None", "1e3", "0110"]
-    path = tmp_path / "t.csv"
-    for n in range(2):
-        for word in words:
-            run = made(tmp_path / f"{word}-{n}", {"w": word}, [{"found": word}])
-            table = collect([run], ["w"], path, "command")
-    assert table.w.tolist() == table.found.tolist() == words
-    assert keys_in(path, ["w"]) >= {*words}
+    every = ["v1", "v1.0", "007", "7", "NA", "None", "1e3", "0110"]
+    for words in (every, ["007", "7"]):
+        path = tmp_path / f"{len(words)}.csv"
+        for n in range(2):
+            for word in words:
+                folder = tmp_path / f"{len(words)}-{word}-{n}"
+                run = made(folder, {"w": word}, [{"found": word}])
+                table = collect([run], ["w"], path, "command")
+        assert table.w.tolist() == table.found.tolist() == words
+        assert keys_in(path, ["w"]) >= {*words}

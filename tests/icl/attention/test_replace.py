@@ -697,10 +697,11 @@ def test_demonstrations_of_two_texts_in_a_row_are_refused():
 def test_other_files_beside_the_model_are_not_read(tmp_path):
     model = replaced("llama", "momentum", eta=0.5, learned=True)
     model.save_pretrained(tmp_path)
-    one = {n: torch.zeros(1) for n in learned_names(model)}
-    save_file(one, tmp_path / "backup.safetensors")
+    older = {n: torch.zeros(4) for n in learned_names(model)}
+    save_file(older, tmp_path / "backup.safetensors")
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(rates(restore_attention(again, tmp_path)), rates(model))
+    one = {n: torch.zeros(1) for n in older}
     save_file(one, tmp_path / "model.safetensors")
     again = replace_attention(tiny_model("llama"), "softmax")
     again.config.icl_attention = model.config.icl_attention
