@@ -20,3 +20,30 @@ addEventListener("load", () => {
     list.removeAttribute("role");
   }
 });
+
+// The scoreboard: claims with one verdict, and tables sorted by a click on their head.
+addEventListener("load", () => {
+  const filter = document.querySelector("p.filter");
+  if (!filter) return;
+  filter.hidden = false;
+  filter.querySelector("select").addEventListener("change", ({ target }) => {
+    for (const verdict of document.querySelectorAll("p.verdict b")) {
+      const other = target.value && verdict.textContent !== target.value;
+      verdict.closest("section").hidden = other;
+    }
+  });
+  for (const head of document.querySelectorAll("table.statements th")) {
+    if (!head.textContent) continue;
+    const button = document.createElement("button");
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const body = head.closest("table").tBodies[0];
+      const text = (row) => row.cells[head.cellIndex].textContent;
+      const rows = [...body.rows];
+      rows.sort((a, b) => text(a).localeCompare(text(b), "en", { numeric: true }));
+      if (rows.every((row, n) => row === body.rows[n])) rows.reverse();
+      body.append(...rows);
+    });
+  }
+});

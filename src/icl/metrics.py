@@ -25,22 +25,52 @@ class _Numbers(NamedTuple):
     high: float
 
 
-class Interval(_Numbers):
-    """A mean with its 95 % interval: three numbers, and ``how`` they were made.
+#: What an interval can be over: what was drawn anew, each independently of the others.
+#: Draws are of demonstrations, problems those of a regression, runs a training each.
+UNITS = ("task", "draw", "query", "draw × query", "draw, within tasks", "seed")
+UNITS += ("problem", "head", "step")
 
-    It formats as ``+0.084 [-0.010, +0.178]``, or with a format for each number.
+
+class Interval(_Numbers):
+    """A mean with its 95 % interval: three numbers, and what they are over.
+
+    Made by :func:`mean_interval`, :func:`bootstrap_interval`, :func:`crossed_interval`
+    or :func:`within_tasks_interval`. It formats as ``+0.084 [-0.010, +0.178]``, or with
+    a format for each number.
+
+    Attributes:
+        unit: one of :data:`UNITS`.
+        count: how many of them.
+        error: standard error of the mean.
+        freedom: degrees of freedom of Student's t; infinite for a bootstrap.
     """
 
-    def __new__(cls, mean, low, high, how: str = ""):
-        self = super().__new__(cls, float(mean), float(low), float(high))
-        self.how = how
+    unit, count, error, freedom = "", 0, math.nan, math.inf
+
+    @classmethod
+    def of(cls, mean, error, freedom, unit, count) -> "Interval":
+        """The interval by Student's t."""
+        half = scipy.stats.t.ppf((1 + 0.95) / 2, freedom) * error
+        self = cls(float(mean), float(mean - half), float(mean + half))
+        return self.over(unit, count, error, freedom)
+
+    def over(self, unit, count, error=math.nan, freedom=math.inf) -> "Interval":
+        """This interval, said to be over so many units."""
+        self.unit, self.count = unit, int(count)
+        self.error, self.freedom = float(error), float(freedom)
         return self
 
     def versus(self, bar: float | int) -> str:
-        """``"above"`` or ``"below"`` the bar as a whole, else ``"undecided"``."""
+        """``"above"`` or ``"below"`` the bar as a whole, else ``"reaches across"``."""
         if self.low > bar:
             return "above"
-        return "below" if self.high < bar else "undecided"
+        return "below" if self.high < bar else "reaches across"
+
+    @property
+    def detectable(self) -> float:
+        """The least distance from a bar that four of five such samples would detect."""
+        t = scipy.stats.t(self.freedom)
+        return (t.ppf((1 + 0.95) / 2) + t.ppf(0.8)) * self.error
 
     def __format__(self, form: str) -> str:
         mean, low, high = (format(number, form or "+.3f") for number in self)
@@ -71,7 +101,7 @@ class Proportion(NamedTuple):
         if self.trials:
             test = scipy.stats.binomtest(self.successes, self.trials)
             low, high = test.proportion_ci(method="wilson")
-        return Interval(self.value, low, high, f"over {self.trials} trials, Wilson's")
+        return Interval(self.value, low, high).over("query", self.trials)
 
     def __str__(self) -> str:
         if not self.trials:
@@ -85,49 +115,116 @@ def accuracy(correct: ArrayLike) -> Proportion:
     return Proportion(int(correct.sum()), len(correct))
 
 
-def mean_interval(values: ArrayLike, over: str = "values") -> Interval:
+def mean_interval(values, over: str) -> Interval:
     """Mean of a sample with Student's t interval.
 
     Args:
-        values: one number per seed or task, say, at least two. For the difference of
-            two methods on the same seeds, give the differences.
-        over: what the values are, in words, for ``Interval.how``.
+        values: one number per unit, at least two. A pandas Series whose index has names
+            is averaged within each ``over`` first, which must be one of them. For the
+            difference of two methods on the same seeds, give the differences.
+        over: one of :data:`UNITS`.
     """
+    _check_unit(over)
+    names = [
+        name for name in getattr(getattr(values, "index", None), "names", ()) if name
+    ]
+    if names:
+        level = "seed" if over == "draw" else over  # as the tables call a draw
+        if level not in names:
+            raise ValueError(f"an interval over {over!r} of values by {names}")
+        values = values.groupby(level).mean()
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(f"an interval needs two values or more, not {values.shape}")
-    mean = values.mean()
-    spread = values.std(ddof=1) / math.sqrt(len(values))
-    half = scipy.stats.t.ppf((1 + 0.95) / 2, len(values) - 1) * spread
-    how = f"over {len(values)} {over}, Student's t"
-    return Interval(mean, mean - half, mean + half, how)
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    return Interval.of(values.mean(), error, len(values) - 1, over, len(values))
 
 
 def bootstrap_interval(
-    values: ArrayLike, draws: int = 2000, over: str = "examples"
+    values: ArrayLike, over: str = "query", draws: int = 2000
 ) -> Interval:
-    """Mean of a sample with its percentile bootstrap interval.
+    """Mean of a sample with its percentile bootstrap interval, for fifty units or more.
 
     Args:
-        values: one number per example, not infinite; NaN are left out. Without any
-            other the interval is NaN.
+        values: one number per unit, not infinite; NaN are left out. Without any other
+            the interval is NaN.
+        over: one of :data:`UNITS`.
         draws: how many samples of the same size are drawn, with replacement.
-        over: what the values are, in words, for ``Interval.how``.
     """
+    _check_unit(over)
     values = np.asarray(values, dtype=float)
     if values.ndim != 1:
-        raise ValueError(f"values must be one number per example, not {values.shape}")
+        raise ValueError(f"values must be one number per {over}, not {values.shape}")
     if np.isinf(values).any():
         raise ValueError(f"{np.isinf(values).sum()} values are infinite: no mean")
     values = values[np.isfinite(values)]
-    how = f"bootstrap over {len(values)} {over}"
     if not len(values):
-        return Interval(math.nan, math.nan, math.nan, how)
+        return Interval(math.nan, math.nan, math.nan).over(over, 0)
     size = draws, len(values)
     chosen = np.random.default_rng(0).integers(len(values), size=size)
-    tail = (1 - 0.95) / 2
-    low, high = np.quantile(values[chosen].mean(1), [tail, 1 - tail])
-    return Interval(values.mean(), low, high, how)
+    means, tail = values[chosen].mean(1), (1 - 0.95) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(values.mean(), low, high).over(over, len(values), means.std())
+
+
+def crossed_interval(values: Num[np.ndarray, "D N"]) -> Interval:
+    """Mean over D draws that were all judged on the same N queries.
+
+    Draws and queries are random and crossed: the variance of the mean is that of a
+    two-way layout with random effects, (MS_draw + MS_query - MS_rest)/DN, with
+    Satterthwaite's (1946) degrees of freedom. An interval over draws alone holds for
+    these queries only, one over the DN answers takes them for independent.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 2 or min(values.shape) < 2:
+        raise ValueError(f"two draws and two queries or more, not {values.shape}")
+    draws, queries = values.shape
+    mean = values.mean()
+    rows, columns = values.mean(1) - mean, values.mean(0) - mean
+    rest = values - mean - rows[:, None] - columns
+    free = np.array([draws - 1, queries - 1, (draws - 1) * (queries - 1)])
+    squares = np.array([queries, draws, 1]) * [
+        np.sum(rows**2),
+        np.sum(columns**2),
+        np.sum(rest**2),
+    ]
+    squares = squares / free
+    # never below what one way alone gives
+    total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
+    freedom = total**2 / np.sum(squares[:2] ** 2 / free[:2]) if total else math.inf
+    error = math.sqrt(total / values.size)
+    return Interval.of(mean, error, max(freedom, min(free[:2])), "draw × query", draws)
+
+
+def within_tasks_interval(values) -> Interval:
+    """Mean over these tasks, each averaged over its draws, as if drawn anew.
+
+    It says nothing of other tasks; ``mean_interval(values, "task")`` does.
+
+    Args:
+        values: a pandas Series by task and draw, or a list with the draws of each task.
+            Tasks with one draw have no spread, and are refused.
+    """
+    if hasattr(values, "groupby"):
+        values = [own.to_numpy() for _, own in values.groupby("task")]
+    values = [np.asarray(own, dtype=float) for own in values]
+    if not values or min(map(len, values)) < 2:
+        raise ValueError(f"two draws of each task, not {[len(own) for own in values]}")
+    squares = np.array([own.var(ddof=1) / len(own) for own in values])
+    free = np.array([len(own) - 1 for own in values])
+    total = squares.sum()
+    freedom = total**2 / np.sum(squares**2 / free) if total else math.inf
+    mean, error = (
+        np.mean([own.mean() for own in values]),
+        math.sqrt(total) / len(values),
+    )
+    count = sum(map(len, values))
+    return Interval.of(mean, error, freedom, "draw, within tasks", count)
+
+
+def _check_unit(unit):
+    if unit not in UNITS:
+        raise ValueError(f"an interval over {unit!r}; units are {', '.join(UNITS)}")
 
 
 def calibrated(scores: ArrayLike) -> Float[np.ndarray, "N C"]:

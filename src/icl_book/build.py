@@ -1,6 +1,7 @@
 """Build the book from what its chapters gave, each run once."""
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -11,12 +12,19 @@ import zipfile
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 from filelock import FileLock
 
 from icl.assets import ASSETS, cache_dir, fetch
 from icl_book import execute
 from icl_book.execute import SOURCE_DATE_EPOCH, findings_of, read_parameters
-from icl_book.scoreboard import picture, read_claims, scoreboard
+from icl_book.scoreboard import (
+    check_numbers,
+    judge,
+    markdown,
+    picture,
+    read_claims,
+)
 from icl_book.store import NOTEBOOK, RESULT, ROOT, BookError, read_run
 from icl_book.sweep import log
 
@@ -138,13 +146,18 @@ def _assemble(records, scale, folder):
         title, *rest = page.cells[0].source.split("\n", 1)
         page.cells[0].source = "\n\n".join([title, badges, *rest])
         nbformat.write(page, source / "book" / f"{name}.ipynb")
-    known = read_claims(ROOT / "book" / "claims.toml")
-    claims, statements = scoreboard(known, found)
-    picture(known, found, source / "book" / "verdicts.svg")
-    tables = {"execution": executions, "claims": claims, "statements": statements}
-    for name, rows in tables.items():
-        with open(source / "book" / f"{name}.csv", "w", newline="") as table:
-            csv.writer(table).writerows(rows)
+    cards = judge(read_claims(ROOT / "book" / "claims.toml"), found)
+    pages = [ROOT / "README.md", *(ROOT / "book").glob("*.md")]
+    check_numbers(cards, {path.name: path.read_text("utf-8") for path in pages})
+    (source / "book" / "claims.md").write_text(markdown(cards), encoding="utf-8")
+    picture(cards, source / "book" / "verdicts.svg")
+    rows = pd.DataFrame(row for card in cards for row in card["found"])
+    rows = rows.drop(columns="published").round(6)
+    rows.to_csv(source / "book" / "findings.csv", index=False)
+    data = json.dumps(cards, indent=1, ensure_ascii=False)
+    (source / "book" / "findings.json").write_text(data, encoding="utf-8")
+    with open(source / "book" / "execution.csv", "w", newline="") as table:
+        csv.writer(table).writerows(executions)
     with zipfile.ZipFile(fetch("mathjax")) as wheel:
         for member in wheel.namelist():
             if match := MATHJAX.match(member):

@@ -16,6 +16,7 @@ import pandas as pd
 from IPython import get_ipython
 from IPython.display import HTML, Markdown, display
 
+from icl_book.scoreboard import asked, over
 from icl_book.store import COSTS, MADE, RESULT, ROOT, environment, read_table
 
 #: How much is run, from seconds (tests) and a minute (reading) to the whole protocol.
@@ -133,17 +134,6 @@ def rows_of(name: str, model: str) -> pd.DataFrame:
     return mine
 
 
-def verdict(interval, side="above", bar=0.0) -> str:
-    """What an :class:`icl.metrics.Interval` says of being on a side of a bar.
-
-    "holds" if the whole interval is there, "does not hold" if it is on the other side,
-    else "undecided".
-    """
-    found = interval.versus(bar)
-    judged = {side: "holds", "undecided": "undecided"}
-    return judged.get(found, "does not hold")
-
-
 def finding(
     claim,
     statement,
@@ -151,57 +141,70 @@ def finding(
     *,
     above=None,
     below=None,
+    within=None,
     checked=None,
-    published="",
+    control=False,
+    published=None,
     on="",
     form="+.3f",
-) -> str:
-    """Enter what this page says of a claim into the book's scoreboard; the verdict.
+) -> None:
+    """Enter what this page found for a claim into the book's scoreboard.
 
-    Exactly one of ``above``, ``below`` and ``checked`` says how it is judged.
+    Exactly one of ``above``, ``below``, ``within`` and ``checked`` says what is asked.
+    The build judges the claim's primary statement, all others are shown as they are.
 
     Args:
         claim: its number in ``book/claims.toml``.
-        statement: what of the claim is judged, in words.
-        interval: an :class:`icl.metrics.Interval`, or its mean, low and high.
-        above, below: the side of a number on which the interval is to be
-            (:func:`verdict`).
+        statement: what is asked, in words.
+        interval: an :class:`icl.metrics.Interval`.
+        above, below: the side of a number on which the interval should be.
+        within: the margin about 0 in which it should be, for "about as well".
         checked: the statement is an identity, shown by this line of :func:`check`.
-        published: the number that the source gives, if it gives one.
+        control: this is not what the claim's source asserts, but what we add to it.
+        published: what the source gives for it: the value, where, and its unit.
         on: model and data.
         form: format of the numbers.
     """
-    from myst_nb import glue  # seconds, both of them
+    from myst_nb import glue  # seconds
 
-    from icl.metrics import Interval
-
-    rules = [rule is not None for rule in (above, below, checked)]
-    if sum(rules) != 1 or (interval is None) != (checked is not None):
+    rules = {"above": above, "below": below, "within": within}
+    (side, bar), *more = [
+        *((k, v) for k, v in rules.items() if v is not None),
+        *([("checked", 0)] if checked is not None else []),
+    ] or [(None, None)]
+    if side is None or more or (interval is None) != (side == "checked"):
         raise ValueError(
-            f"{statement!r}: give either an interval with one of above and below, or "
-            "the check that shows it"
+            f"{statement!r}: give either an interval with one of above, below and "
+            "within, or the check that shows it"
         )
-    row = {"claim": claim, "statement": statement, "published": published, "on": on}
-    if checked is not None:
+    if published is not None and not (len(published) == 3 and all(published)):
+        raise ValueError(
+            f"{statement!r}: {published!r} is no published value, source and unit"
+        )
+    role = "control" if control else "claim"
+    row = {"claim": claim, "statement": statement, "role": role, "side": side, "on": on}
+    row["published"] = list(published or ())
+    if side == "checked":
         errors = {name: error for name, error, _ in _checks}
         if checked not in errors:
             made = "; ".join(errors) or "none"
             raise ValueError(f"no check {checked!r} on this page; made were: {made}")
-        row |= {"here": f"to {errors[checked]:.0e}", "verdict": "holds"}
+        row |= {"here": f"to {errors[checked]:.0e}"}
     else:
-        found = Interval(*interval)
-        mean, low, high = found
+        mean, low, high = interval
         if not -np.inf < low <= mean <= high < np.inf:
             raise ValueError(f"{statement!r}: {low} .. {high} is no interval of {mean}")
-        side, bar = ("above", above) if below is None else ("below", below)
-        if not np.isfinite(bar):
+        if not np.isfinite(bar) or (side == "within" and bar <= 0):
             raise ValueError(f"{statement!r}: {side}={bar} is no number to compare to")
+        if not getattr(interval, "unit", ""):
+            raise ValueError(
+                f"{statement!r}: an interval over nothing; see icl.metrics"
+            )
         row |= {"mean": mean, "low": low, "high": high, "bar": float(bar)}
-        row |= {"side": side, "here": f"{found:{form}}"}
-        row["verdict"] = verdict(found, side, bar)
+        row |= {"unit": interval.unit, "count": interval.count, "error": interval.error}
+        row |= {"freedom": min(interval.freedom, 1e9), "here": f"{interval:{form}}"}
     _findings.append(row)
     glue(statement, row, display=False)
-    return row["verdict"]
 
 
 def result(*rows, facts=None, **columns) -> None:
@@ -249,8 +252,9 @@ def _entry(name, value):
 
 def findings() -> pd.DataFrame:
     """What :func:`finding` has entered on this page, by claim."""
-    columns = ["statement", "published", "here", "verdict"]
-    return pd.DataFrame(_findings, columns=["claim", *columns]).set_index("claim")
+    rows = [row | {"asked": asked(row), "over": over(row)} for row in _findings]
+    columns = ["statement", "role", "asked", "here", "over"]
+    return pd.DataFrame(rows, columns=["claim", *columns]).set_index("claim")
 
 
 def subplot_grid(count: int):

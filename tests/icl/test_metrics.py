@@ -4,7 +4,9 @@ import math
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
@@ -15,6 +17,7 @@ from icl.metrics import (
     accuracy,
     bootstrap_interval,
     calibrated,
+    crossed_interval,
     kendall,
     kendall_of_examples,
     mean_interval,
@@ -26,6 +29,7 @@ from icl.metrics import (
     token_overlap,
     top_recall,
     training_attention,
+    within_tasks_interval,
 )
 
 
@@ -46,26 +50,100 @@ def test_wilson_interval(successes, trials, low, high):
 def test_mean_interval():
     # t with 6 degrees of freedom has its 97.5 % point at 2.446912 (any table)
     half = 2.446912 * math.sqrt(14 / 3) / math.sqrt(7)
-    got = mean_interval([1, 2, 3, 4, 5, 6, 7])
+    got = mean_interval([1, 2, 3, 4, 5, 6, 7], "seed")
     assert got == pytest.approx((4, 4 - half, 4 + half), abs=1e-6)
-    assert mean_interval([1, 2], over="tasks").how == "over 2 tasks, Student's t"
+    assert (got.unit, got.count, got.freedom) == ("seed", 7, 6)
     for wrong in ([1.0], [], [[1.0, 2.0], [3.0, 4.0]]):
         with pytest.raises(ValueError, match="interval"):
-            mean_interval(wrong)
+            mean_interval(wrong, "seed")
+    with pytest.raises(ValueError, match="over 'tasks'; units are task, draw,"):
+        mean_interval([1, 2], "tasks")
+
+
+def test_the_unit_of_a_table_is_a_level_of_its_index():
+    """Two tasks of three draws: over tasks, draws are averaged first."""
+    index = pd.MultiIndex.from_product([["a", "b"], [1, 2, 3]], names=["task", "seed"])
+    table = pd.Series([1.0, 2, 3, 5, 6, 7], index)
+    assert mean_interval(table, "task") == mean_interval([2, 6], "task")
+    assert mean_interval(table, "draw") == mean_interval([3, 4, 5], "draw")
+    with pytest.raises(ValueError, match="over 'query' of values by .*task.*seed"):
+        mean_interval(table, "query")
+    within = within_tasks_interval(table)
+    assert within == within_tasks_interval([[1, 2, 3], [5, 6, 7]])
+    # variance of the mean: (1/3 + 1/3) / 4, with 4 degrees of freedom
+    half = scipy.stats.t.ppf(0.975, 4) * math.sqrt(1 / 6)
+    assert within == pytest.approx((4, 4 - half, 4 + half))
+    with pytest.raises(ValueError, match="two draws of each task"):
+        within_tasks_interval([[1, 2], [3]])
+
+
+def covered(draw, interval, truth, times=1500):
+    """How often an interval of what is drawn holds the truth."""
+    generator = np.random.default_rng(0)
+    ends = np.array([interval(draw(generator)) for _ in range(times)])
+    return np.mean((ends[:, 1] <= truth) & (truth <= ends[:, 2]))
+
+
+@pytest.mark.parametrize(
+    "draw_query_rest", [(1, 1, 1), (0.2, 1, 1), (1, 0.1, 0.5), (0.3, 0.3, 1)]
+)
+def test_coverage_of_draws_that_share_queries(draw_query_rest):
+    own, shared, rest = draw_query_rest
+
+    def answers(g):
+        noise = own * g.normal(size=(7, 1)) + shared * g.normal(size=(1, 60))
+        return 0.3 + noise + rest * g.normal(size=(7, 60))
+
+    assert 0.93 <= covered(answers, crossed_interval, 0.3) <= 0.97
+    if own < shared:  # over draws alone the interval is of these queries only
+        over_draws = covered(lambda g: answers(g).mean(1), by("draw"), 0.3)
+        assert over_draws < 0.93
+
+
+def by(unit):
+    return lambda values: mean_interval(values, unit)
+
+
+def test_coverage_of_the_other_intervals():
+    centres, spreads = np.array([[0, 1, 2, 0.5, 0.2, 0.1], [1, 0.5, 2, 0.1, 1, 1]])
+
+    def tasks(g):
+        return centres[:, None] + spreads[:, None] * g.normal(size=(6, 7))
+
+    truth = centres.mean()
+    assert 0.93 <= covered(tasks, within_tasks_interval, truth) <= 0.97
+    assert 0.93 <= covered(lambda g: g.normal(size=6), by("task"), 0) <= 0.97
+    skewed = covered(lambda g: g.exponential(size=100), bootstrap_interval, 1, 600)
+    assert 0.92 <= skewed <= 0.97
+
+
+def test_the_least_effect_that_would_be_detected():
+    """By simulation: four of five samples exclude zero."""
+    found = mean_interval([-1.0, 1.0] * 10, "seed")
+    generator = np.random.default_rng(0)
+    spread = found.error * math.sqrt(20)
+    samples = generator.normal(found.detectable, spread, size=(2000, 20))
+    seen = [mean_interval(sample, "seed").low > 0 for sample in samples]
+    assert np.mean(seen) == pytest.approx(0.8, abs=0.04)
 
 
 def test_an_interval_says_what_it_says():
-    interval = Interval(0.084, -0.0104, 0.1784, "over 6 tasks, Student's t")
+    interval = Interval(0.084, -0.0104, 0.1784).over("task", 6, 0.04, 5)
     mean, low, high = interval  # it unpacks, and arrays are made of it
     assert (mean, low, high) == (interval.mean, interval.low, interval.high)
     assert np.array([interval, interval]).shape == (2, 3)
     assert str(interval) == f"{interval}" == "+0.084 [-0.010, +0.178]"
     assert f"{interval:.2g}" == "0.084 [-0.01, 0.18]"
-    assert pickle.loads(pickle.dumps(interval)).how == interval.how
-    bars = {-0.02: "above", -0.0104: "undecided", 0: "undecided", 0.2: "below"}
+    assert vars(pickle.loads(pickle.dumps(interval))) == vars(interval)
+    bars = {
+        -0.02: "above",
+        -0.0104: "reaches across",
+        0: "reaches across",
+        0.2: "below",
+    }
     assert {bar: interval.versus(bar) for bar in bars} == bars
     nothing = bootstrap_interval([np.nan])
-    assert nothing.versus(0) == "undecided"
+    assert nothing.versus(0) == "reaches across"
     assert str(nothing) == "+nan [+nan, +nan]"
 
 
@@ -77,7 +155,7 @@ def test_bootstrap_interval_of_a_proportion():
     # 2.5 % and 97.5 % points of Binomial(400, 3/4) are 283 and 317
     assert (low, high) == pytest.approx((283 / 400, 317 / 400), abs=0.002)
     assert bootstrap_interval([np.nan, 1.0, 2.0, np.nan])[0] == 1.5
-    assert bootstrap_interval([np.nan, 1.0]).how == "bootstrap over 1 examples"
+    assert bootstrap_interval([np.nan, 1.0]).count == 1
     assert np.isnan(bootstrap_interval([np.nan])).all()
     assert bootstrap_interval([0.25] * 9) == (0.25, 0.25, 0.25)
     with pytest.raises(ValueError, match="1, 1"):
