@@ -42,7 +42,10 @@ TASK_NAMES = dict(
 )
 
 #: Models as figures and tables name them; others go by their own names.
-MODEL_NAMES = {"smollm2-135m": "SmolLM2-135M"}
+MODEL_NAMES = {
+    "smollm2-135m": "SmolLM2-135M-Instruct, 4-bit",
+    "tinyllama-1.1b-chat": "TinyLlama-1.1B-Chat, 2-bit",
+}
 
 _opened = {}
 _checks = []
