@@ -306,8 +306,8 @@ def test_published_values_are_those_of_the_record():
 def test_a_number_that_no_chapter_found_is_named():
     cards = scoreboard.judge([claim()], {"01_a": [row()]})
     scoreboard.check_numbers(cards, {"a.md": "it is +0.200\n[+0.100, +0.300], so"})
+    wrong = {"b.md": "+0.200 [+0.100, +0.300] and +0.201 [+0.100, +0.300]"}
     with pytest.raises(ValueError, match="b.md has .0.201 .* which no chapter found"):
-        wrong = {"b.md": "+0.200 [+0.100, +0.300] and +0.201 [+0.100, +0.300]"}
         scoreboard.check_numbers(cards, wrong)
 
 
