@@ -141,6 +141,7 @@ def _assemble(records, scale, folder):
         seconds, memory = f"{record['seconds']:.0f}", f"{record['peak_gb']:.1f}"
         executions.append([f"{{doc}}`{name}`", scale, seconds, memory])
         found[name] = findings_of(page)
+        page.cells = list(_with_anchors(page.cells))
         facts = [f"{seconds} s", f"{memory} GB", f"{os.cpu_count()} cores"]
         badges = " ".join(f"{{bdg-primary-line}}`{fact}`" for fact in facts)
         title, *rest = page.cells[0].source.split("\n", 1)
@@ -165,6 +166,18 @@ def _assemble(records, scale, folder):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(wheel.read(member))
     return source
+
+
+def _with_anchors(cells):
+    """Before the first cell that enters a finding of a claim, a place to link to."""
+    seen = set()
+    for cell in cells:
+        claims = {row["claim"] for row in findings_of({"cells": [cell]})} - seen
+        seen |= claims
+        if claims:
+            spans = "".join(f'<span id="claim-{n}"></span>' for n in sorted(claims))
+            yield nbformat.v4.new_markdown_cell(spans, id=f"claims-{min(claims)}")
+        yield cell
 
 
 def executed_page(source: Path, run: Path):

@@ -218,7 +218,7 @@ def test_cards():
         "<b>supported</b> · small model",
         "x, above 0, over 5 seeds; a model.",
         "0.3 nats;\n{cite:t}`a2020`, T. 1",
-        "{doc}`chapter 2 <02_b>`",
+        '<a href="02_b.html#claim-1">chapter 2</a>',
         "{dropdown} 0 more statements, 1 controls",
         "y (control)",
         "**What is missing:** a larger model.",
