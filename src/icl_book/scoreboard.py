@@ -79,9 +79,9 @@ def over(row: dict) -> str:
     """What the interval of a finding is over, in words."""
     if row["side"] == "checked":
         return ""
-    first, *rest = row["unit"].split(",")
-    plural = "queries" if first == "query" else f"{first}s"
-    return ",".join([f"{row['count']} {plural.replace('draw × query', 'draw')}", *rest])
+    first, *rest = re.split("(?=,)", row["unit"])
+    plural = " × ".join(f"{unit}s" for unit in first.split(" × "))
+    return f"{row['count']} {plural}{''.join(rest)}".replace("querys", "queries")
 
 
 def distance(row: dict, value: float) -> float:

@@ -113,6 +113,14 @@ def test_coverage_of_the_other_intervals():
     truth = centres.mean()
     assert 0.93 <= covered(tasks, within_tasks_interval, truth) <= 0.97
     assert 0.93 <= covered(lambda g: g.normal(size=6), by("task"), 0) <= 0.97
+
+    def answers(g):
+        return g.random(60) < 0.85
+
+    def wilson(right):
+        return accuracy(right).interval()
+
+    assert 0.93 <= covered(answers, wilson, 0.85) <= 0.97
     skewed = covered(lambda g: g.exponential(size=100), bootstrap_interval, 1, 600)
     assert 0.92 <= skewed <= 0.97
 

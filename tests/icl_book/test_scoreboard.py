@@ -35,6 +35,9 @@ def test_a_finding_says_what_was_asked_and_over_what(glued):
     assert scoreboard.asked(row) == "above 0.5"
     assert scoreboard.over(row) == "3 tasks"
     assert row["here"] == "+2.000 [-0.484, +4.484]"
+    said = {"query": "3 queries", "draw × query": "3 draws × queries"}
+    said["draw, within tasks"] = "3 draws, within tasks"
+    assert {unit: scoreboard.over(row | {"unit": unit}) for unit in said} == said
     assert page.findings().loc[4, "asked"] == "above 0.5"
 
 
