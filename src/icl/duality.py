@@ -1,25 +1,21 @@
 r"""Weight updates seen as linear attention, and attention seen as a weight update.
 
-A linear layer :math:`F(x) = W x` trained by gradient descent ends at
-:math:`W_T = a\,W_0 + \sum_i c_i\, e_i \otimes x'_i`: its training inputs
-:math:`x'_i` are keys, its error signals :math:`e_i = -\gamma\,
-\partial L_i/\partial F(x'_i)` are values, and the test input is the query
-(Aizerman et al. 1964; Irie et al. 2022; Dai et al. 2023, eq. 7-9).
-
-Read the other way, attention to demonstrations without its softmax adds
-:math:`\Delta W_\mathrm{ICL} = \sum_i v_i \otimes k_i` to a zero-shot weight
-(Dai et al. 2023, eq. 10-12), and finetuning the key and value projections adds
-a :math:`\Delta W_\mathrm{FT}` (eq. 13). Both are also measured on the heads of a model.
+A linear layer trained by gradient descent is linear attention to its training inputs,
+the keys, with its error signals as values (Aizerman et al. 1964; Irie et al. 2022;
+Dai et al. 2023, eq. 7-9). Read the other way, attention to demonstrations without its
+softmax adds :math:`\Delta W_\mathrm{ICL} = \sum_i v_i \otimes k_i` to a zero-shot
+weight (eq. 10-12), and finetuning the key and value projections adds a
+:math:`\Delta W_\mathrm{FT}` (eq. 13). Both are measured on the heads of a model.
 There a prompt is one opening token, the demonstrations, the query; the opening token,
 which takes much of the attention in most models, is in the zero-shot prompt as well.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from icl.activations import Heads, capture_qkv, stack_layers
@@ -37,96 +33,6 @@ def linear_attention(
 ) -> Float[Tensor, "*batch d_o"]:
     """Unnormalised linear attention, ``Σ_i v_i (k_iᵀ q)`` (Dai et al. 2023, eq. 9)."""
     return (query @ keys.mT) @ values
-
-
-class Training(NamedTuple):
-    """A trained linear layer with the record of its training, by visits of examples."""
-
-    weight: Float[Tensor, "d_o d"]  #: the trained ``W_T``
-    keys: Float[Tensor, "n d"]  #: input of the example
-    values: Float[Tensor, "n d_o"]  #: its error signal ``e`` at that visit
-    step: Int[Tensor, " n"]  #: number of the step
-    example: Int[Tensor, " n"]  #: number of the example
-
-
-def train_linear(
-    W_0: Float[Tensor, "d_o d"],
-    X: Float[Tensor, "N d"],
-    Y: Tensor,
-    loss: Callable,
-    batches: Iterable[Int[Tensor, "..."]],
-    learning_rate: float,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-) -> Training:
-    """Gradient descent on ``F(x) = W x`` that keeps the error signals.
-
-    The update is that of ``torch.optim.SGD``: ``g ← ∇L + λ W``,
-    ``m ← μ m + g``, ``W ← W − γ m``. The record needs the gradient at the
-    layer's *output* alone, so ``loss`` may be any differentiable function.
-
-    Args:
-        W_0: weight before training.
-        X, Y: training inputs and as many targets, else ``ValueError``.
-        loss: ``loss(outputs, targets) -> scalar`` of a batch.
-        batches: index tensors of the steps, in order.
-        learning_rate, momentum, weight_decay: γ, μ, λ.
-    """
-    if len(X) != len(Y):
-        raise ValueError(f"{len(X)} inputs need as many targets, not {len(Y)}")
-    W, velocity = W_0.clone(), torch.zeros_like(W_0)
-    record = []
-    for t, batch in enumerate(batches):
-        outputs = (X[batch] @ W.mT).requires_grad_(True)
-        (gradient,) = torch.autograd.grad(loss(outputs, Y[batch]), outputs)
-        error = -learning_rate * gradient
-        record.append((X[batch], error, torch.full_like(batch, t), batch))
-        velocity = momentum * velocity + gradient.mT @ X[batch] + weight_decay * W
-        W = W - learning_rate * velocity
-    return Training(W, *map(torch.cat, zip(*record, strict=True)))
-
-
-def step_weights(
-    steps: int, learning_rate: float, momentum=0.0, weight_decay=0.0, dtype=None
-) -> tuple[Float[Tensor, ""], Float[Tensor, " steps"]]:
-    r"""Weights ``(a, c)`` of the start and of every step in the trained weight.
-
-    ``W_t`` and the velocity follow a linear recurrence, so the trained weight
-    is :math:`W_T = a W_0 + \sum_t c_t \sum_{i \in B_t} e_i \otimes x_i`. Without
-    weight decay :math:`a = 1` and :math:`c_t = (1-\mu^{T-t})/(1-\mu)`: older
-    steps count more. Without momentum
-    :math:`a = (1-\gamma\lambda)^T`, :math:`c_t = (1-\gamma\lambda)^{T-1-t}`:
-    older steps count less. In torch's default dtype if ``dtype`` is left out.
-    """
-    # W = a W_0 + Σ c_t (−γ G_t) and velocity = v W_0 + Σ p_t G_t at every step
-    a = torch.ones((), dtype=dtype or torch.get_default_dtype())
-    v = torch.zeros_like(a)
-    c, p = torch.zeros(2, steps, dtype=a.dtype)
-    for t in range(steps):
-        v = momentum * v + weight_decay * a
-        p = momentum * p - learning_rate * weight_decay * c
-        p[t] = 1.0
-        a = a - learning_rate * v
-        c = c + p
-    return a, c
-
-
-def dual_prediction(
-    W_0: Float[Tensor, "d_o d"],
-    training: Training,
-    query: _Query,
-    a: float | Float[Tensor, ""] = 1.0,
-    c: Float[Tensor, " steps"] | None = None,
-) -> Float[Tensor, "*batch d_o"]:
-    """Output of the trained layer without its trained weight.
-
-    ``a W_0 q + LinearAttn(c e, X', q)``, the dual form of ``W_T q``, with ``a`` and
-    ``c`` from :func:`step_weights`; default those of plain SGD (ones).
-    """
-    values = training.values
-    if c is not None:
-        values = values * c[training.step, None]
-    return a * (query @ W_0.mT) + linear_attention(values, training.keys, query)
 
 
 class Split(NamedTuple):
@@ -215,15 +121,6 @@ def frobenius_cosine(A: _Matrix, B: _Matrix) -> Float[Tensor, "*batch"]:
     return (A * B).sum((-1, -2)) / norms
 
 
-def effective_rank(W: _Matrix) -> Float[Tensor, "*batch"]:
-    """Roy & Vetterli's (2007) effective rank.
-
-    The exponential of the entropy of the singular values as a distribution:
-    ``r`` for a matrix with ``r`` equal ones, 1 for an outer product.
-    """
-    values = torch.linalg.svdvals(W)
-    p = values / values.sum(-1, keepdim=True)
-    return torch.special.entr(p).sum(-1).exp()
 
 
 def subspace_overlap(

@@ -1,7 +1,7 @@
 r"""Softmax attention as the prediction of a kernel model after one gradient step.
 
-The softmax kernel :math:`\exp(x^\top y) = \phi(x)^\top \phi(y)` by three feature
-maps (exact on a finite set, Taylor, positive random features); the *dual model*
+The softmax kernel :math:`\exp(x^\top y) = \phi(x)^\top \phi(y)` by two feature maps
+(exact on a finite set, positive random features); the *dual model*
 :math:`f(z) = W \phi(z)` of Ren and Liu (2024) with its loss; and causal
 random-feature attention in linear time. A *positive random feature* is handled
 as its logarithm, since features overflow long before attention does.
@@ -12,7 +12,6 @@ into the queries (as :func:`icl.activations.capture_qkv` has it).
 
 import math
 from functools import partial
-from itertools import combinations_with_replacement
 
 import torch
 from jaxtyping import Float
@@ -60,27 +59,6 @@ def gram_features(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     return ((norm.square() / 2).exp()[:, None] * root).to(dtype)
 
 
-def taylor_features(x: _Vectors, degree: int) -> Float[Tensor, "*batch d_r"]:
-    r"""All monomials of the entries of ``x`` up to a degree, scaled.
-
-    :math:`x^a / \sqrt{a!}` for every multi-index :math:`|a| \le` ``degree``, so
-    that :math:`\phi(x)^\top\phi(y) = \sum_{m \le degree} (x^\top y)^m / m!` and
-    ``d_r = C(d + degree, degree)``. Of an odd degree this sum can be negative, of
-    an even one it is positive.
-    """
-    d = x.shape[-1]
-    # A monomial of at most this degree in x is one of exactly it in (1, x).
-    factors = list(combinations_with_replacement(range(d + 1), degree))
-    factors = torch.tensor(factors, dtype=torch.long).reshape(len(factors), degree)
-    scale = torch.ones(factors.shape, dtype=x.dtype)
-    for j in range(1, degree):  # the runs 1, 2, 3 of equal factors multiply to a!
-        again = (factors[:, j] == factors[:, j - 1]) & (factors[:, j] > 0)
-        scale[:, j] = torch.where(again, scale[:, j - 1] + 1, scale[:, j])
-    one_and_x = torch.cat([torch.ones_like(x[..., :1]), x], -1)
-    monomials = one_and_x[..., factors.to(x.device)].prod(-1)
-    return monomials / scale.prod(-1).sqrt().to(x.device)
-
-
 def gaussian_projection(
     d_r: int, d: int, orthogonal=False, generator=None, dtype=None
 ) -> Float[Tensor, "{d_r} {d}"]:
@@ -122,51 +100,6 @@ def log_features(
         u = torch.cat([u, -u], -1)
     half = x.square().sum(-1, keepdim=True) / 2
     return u - half - math.log(u.shape[-1]) / 2
-
-
-def kernel_variance(
-    x: _Vectors, y: _Vectors, d_r: int, hyperbolic=False
-) -> Float[Tensor, "*batch"]:
-    r"""Variance of :math:`\phi(x)^\top\phi(y)` over independent rows.
-
-    :math:`e^{2 x^\top y} (e^{|x+y|^2} - 1) / d_r`; hyperbolic features of the same
-    number ``d_r`` have :math:`1 - e^{-|x+y|^2}` times that.
-    """
-    square = (x + y).square().sum(-1)
-    variance = (2 * (x * y).sum(-1)).exp() * square.expm1() / d_r
-    return -variance * (-square).expm1() if hyperbolic else variance
-
-
-def balance(query: _Tokens, key: _Tokens) -> tuple[_Tokens, _Tokens]:
-    r"""Queries and keys that attend alike and suit positive random features better.
-
-    Attention stays as it is when one vector is added to all keys, and when
-    queries go through a matrix :math:`A` and keys through :math:`A^{-\top}`. The
-    relative variance of the features grows as :math:`e^{|q+k|^2}`
-    (:func:`kernel_variance`), so the keys are centred at minus the mean query,
-    and :math:`A` makes :math:`E|Aq|^2 + E|A^{-\top}k|^2` of the centred vectors
-    smallest: :math:`A^\top A` is the geometric mean of :math:`C_q^{-1}` and
-    :math:`C_k`, their second moments.
-    """
-    q, k = (t.double() - t.double().mean(-2, keepdim=True) for t in (query, key))
-    root = _power(_moments(q), 0.5)
-    inverse = torch.linalg.inv(root)
-    A = _power(inverse @ _power(root @ _moments(k) @ root, 0.5) @ inverse, 0.5)
-    q, k = query.double() @ A, k @ torch.linalg.inv(A)
-    return q.to(query.dtype), (k - q.mean(-2, keepdim=True)).to(key.dtype)
-
-
-def _moments(x):
-    """Second moments, with a little ridge against empty directions."""
-    ridge = 1e-3 * x.square().mean((-2, -1)).clamp(min=1e-12)[..., None, None]
-    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return x.mT @ x / x.shape[-2] + ridge * identity
-
-
-def _power(symmetric, exponent):
-    eigenvalues, U = torch.linalg.eigh(symmetric)
-    eigenvalues = eigenvalues.clamp(min=torch.finfo(symmetric.dtype).tiny)
-    return (U * eigenvalues[..., None, :] ** exponent) @ U.mT
 
 
 def normaliser(
