@@ -121,8 +121,6 @@ def frobenius_cosine(A: _Matrix, B: _Matrix) -> Float[Tensor, "*batch"]:
     return (A * B).sum((-1, -2)) / norms
 
 
-
-
 def subspace_overlap(
     A: _Matrix, B: _Matrix, rank: int
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:

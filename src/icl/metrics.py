@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.special
 import scipy.stats
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Float, Num
 from numpy.typing import ArrayLike
 
 Outputs = Num[np.ndarray, "N L d"]  # of N examples in L layers
@@ -292,42 +292,6 @@ def top_recall(m_icl: TokenMaps, m_ft: TokenMaps, k) -> Similarity:
         return len(a & b) / k
 
     return _pairwise(recall, m_icl, m_ft)
-
-
-def token_overlap(tokens_a: ArrayLike, tokens_b: ArrayLike) -> Float[np.ndarray, " N"]:
-    """Part of the likeliest next tokens that two settings share (Shen et al. 2024).
-
-    Args:
-        tokens_a, tokens_b: ids of the K likeliest tokens of each of N examples, none
-            twice.
-    """
-    same = _same_tokens(tokens_a, tokens_b)
-    return same.sum((1, 2)) / same.shape[1]
-
-
-def overlap_cosine(tokens_a, p_a, tokens_b, p_b) -> Float[np.ndarray, " N"]:
-    """Cosine of two next-token distributions, each cut to its K likeliest tokens.
-
-    After the overlap cosine similarity of Shen et al. (2024): tokens that only
-    one of the two holds count as 0 for the other.
-
-    Args:
-        tokens_a, tokens_b: as for :func:`token_overlap`.
-        p_a, p_b: probabilities of these tokens, not all 0.
-    """
-    p_a, p_b = np.asarray(p_a, dtype=float), np.asarray(p_b, dtype=float)
-    same = _same_tokens(tokens_a, tokens_b)
-    both = (same * p_a[:, :, None] * p_b[:, None]).sum((1, 2))
-    return both / np.sqrt((p_a**2).sum(1) * (p_b**2).sum(1))
-
-
-def _same_tokens(tokens_a, tokens_b) -> Bool[np.ndarray, "N K K"]:
-    a, b = np.asarray(tokens_a), np.asarray(tokens_b)
-    if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(f"tokens must be two lists (N, K), not {a.shape}, {b.shape}")
-    if any(len({*row}) < len(row) for row in (*a.tolist(), *b.tolist())):
-        raise ValueError("a token is there twice among the likeliest of an example")
-    return a[:, :, None] == b[:, None]
 
 
 def _tau(a, b):
