@@ -35,84 +35,12 @@ def linear_attention(
     return (query @ keys.mT) @ values
 
 
-class Split(NamedTuple):
-    """Softmax attention, ``mass * demonstrations + (1 - mass) * rest``, taken apart."""
-
-    mass: Float[Tensor, "*batch"]  #: share of the attention on the demonstrations
-    demonstrations: Float[Tensor, "*batch d_o"]  #: attention over these alone
-    rest: Float[Tensor, "*batch d_o"]  #: attention over the other tokens alone
-
-    @property
-    def change(self) -> Float[Tensor, "*batch d_o"]:
-        """Effect of the demonstrations, ``mass * (demonstrations - rest)``."""
-        return self.mass[..., None] * (self.demonstrations - self.rest)
-
-
-def split_attention(
-    query: _Query, key: _Keys, value: _Values, demonstrations: Bool[Tensor, " n"]
-) -> Split:
-    """Attention of one query as a mixture of two attentions.
-
-    Exact for softmax attention: each group has its own softmax, and the groups
-    are mixed by the masses that the common softmax gives them. What Dai et al.
-    (2023) relax between their eq. 10 and 11. The query has the factor ``1/√d`` in it,
-    and ``demonstrations`` says of each token whether it is part of one.
-
-    Raises:
-        ValueError: ``demonstrations`` are not booleans, or all equal.
-        FloatingPointError: a score is not finite.
-    """
-    where = torch.as_tensor(demonstrations, device=key.device)
-    n, count = key.shape[-2], int(where.sum())
-    if where.dtype != torch.bool or where.shape != (n,) or not 0 < count < n:
-        raise ValueError(
-            f"demonstrations must be {n} booleans, some True and some False, not "
-            f"{where.dtype} of shape {tuple(where.shape)} with the sum {count}"
-        )
-    scores = (key @ query[..., None])[..., 0]
-    if not torch.isfinite(scores).all():
-        raise FloatingPointError("some query-key scores are not finite")
-    inside, outside = scores[..., where], scores[..., ~where]
-    # softmax of the two log-normalisers = the mass of each group
-    mass = torch.sigmoid(inside.logsumexp(-1) - outside.logsumexp(-1))
-    of_demonstrations = _mix(inside.softmax(-1), value[..., where, :])
-    return Split(
-        mass, of_demonstrations, _mix(outside.softmax(-1), value[..., ~where, :])
-    )
-
-
-def attention_weight(value: _Values, key: _Keys) -> _Matrix:
-    """Weight matrix of linear attention, ``Σ_i v_i ⊗ k_i``.
-
-    Over the query's own tokens this is ``W_ZSL``, over the demonstrations
-    ``ΔW_ICL`` (Dai et al. 2023, eq. 11-12): ``(W_ZSL + ΔW_ICL) q`` is linear
-    attention over both.
-    """
-    return value.mT @ key
-
-
 class KeyValueUpdate(NamedTuple):
-    """Update ``ΔW_FT`` of linear attention's weight, the sum of three parts."""
+    """``ΔW_FT`` of linear attention, in three parts (Dai et al. 2023, eq. 13)."""
 
     by_value: _Matrix  #: ``ΔW_V X (W_K X)ᵀ``
     by_key: _Matrix  #: ``W_V X (ΔW_K X)ᵀ``
     by_both: _Matrix  #: ``ΔW_V X (ΔW_K X)ᵀ``
-
-
-def finetuning_weight(
-    value: _Values, key: _Keys, new_value: _Values, new_key: _Keys
-) -> KeyValueUpdate:
-    """``ΔW_FT`` of linear attention, expanded (Dai et al. 2023, eq. 13).
-
-    Of ``W_V X`` and ``W_K X``, for the tokens ``X`` that the query attends to, and the
-    same from ``W_V + ΔW_V`` and ``W_K + ΔW_K``.
-    """
-    more_value, more_key = new_value - value, new_key - key
-    return KeyValueUpdate(
-        attention_weight(more_value, key),
-        attention_weight(value, more_key),
-        attention_weight(more_value, more_key),
-    )
 
 
 def frobenius_cosine(A: _Matrix, B: _Matrix) -> Float[Tensor, "*batch"]:
@@ -149,9 +77,9 @@ def approximations(
 ) -> dict[str, Float[Tensor, "*batch d_o"]]:
     """Change of a head's output by demonstrations, and approximations to it.
 
-    Of the arguments of :func:`split_attention`. With ``m`` the mass on the ``n``
-    demonstration tokens, ``h`` the output over the rest and bars for means over the
-    demonstration tokens:
+    ``demonstrations`` are booleans, one a token, some True and some False (else
+    ``ValueError``). With ``m`` the mass on the ``n`` tokens that are, ``h`` the output
+    over the rest and bars for means over the demonstration tokens:
 
     - ``"change"``: the change itself;
     - ``"relaxed"``: ``ΔW_ICL q`` (Dai et al. 2023, eq. 11-12);
@@ -160,19 +88,23 @@ def approximations(
     - ``"gated mean"``: ``m (v̄ - h)``;
     - ``"gated"``: ``m (v̄ + Σ v_i (k_i - k̄)ᵀ q / n - h)``, to first order the change.
     """
-    split = split_attention(query, key, value, demonstrations)
     where = torch.as_tensor(demonstrations, device=key.device)
-    keys, values = key[..., where, :], value[..., where, :]
-    mean, gate = values.mean(-2), split.mass[..., None]
-    scores = (keys @ query[..., None])[..., 0]
-    centred = _mix(scores - scores.mean(-1, keepdim=True), values)
+    tokens, n = key.shape[-2], int(where.sum())
+    if where.dtype != torch.bool or where.shape != (tokens,) or not 0 < n < tokens:
+        raise ValueError(f"demonstrations must be {tokens} booleans, some True")
+    scores, values = (key @ query[..., None])[..., 0], value[..., where, :]
+    inside, outside = scores[..., where], scores[..., ~where]
+    # softmax of the two log-normalisers = the mass of each group
+    gate = torch.sigmoid(inside.logsumexp(-1) - outside.logsumexp(-1))[..., None]
+    mean, rest = values.mean(-2), _mix(outside.softmax(-1), value[..., ~where, :])
+    centred = _mix(inside - inside.mean(-1, keepdim=True), values)
     return {
-        "change": split.change,
-        "relaxed": _mix(scores, values),  # = ΔW_ICL q, without forming ΔW_ICL
+        "change": gate * (_mix(inside.softmax(-1), values) - rest),
+        "relaxed": _mix(inside, values),  # = ΔW_ICL q, without forming ΔW_ICL
         "mean value": values.sum(-2),
         "centred": centred,
-        "gated mean": gate * (mean - split.rest),
-        "gated": gate * (mean + centred / keys.shape[-2] - split.rest),
+        "gated mean": gate * (mean - rest),
+        "gated": gate * (mean + centred / n - rest),
     }
 
 
@@ -239,7 +171,7 @@ def icl_update(layers: list[Heads], centred=False) -> Float[Tensor, "L H d_h d_h
     key, value = key[..., 1:, :], value[..., 1:, :]
     if centred:
         key = key - key.mean(-2, keepdim=True)
-    return attention_weight(value, key)
+    return value.mT @ key
 
 
 def ft_update(
@@ -256,7 +188,11 @@ def ft_update(
     """
     before = _stack_wide(capture_qkv(model, ids, start=start))
     after = _stack_wide(heads_on_frozen_inputs(model, update, ids, start))
-    return finetuning_weight(before.value, before.key, after.value, after.key)
+    key, value = before.key, before.value
+    more_key, more_value = after.key - key, after.value - value
+    return KeyValueUpdate(
+        more_value.mT @ key, value.mT @ more_key, more_value.mT @ more_key
+    )
 
 
 def _stack_wide(layers):
