@@ -1,23 +1,20 @@
 r"""Softmax attention as the prediction of a kernel model after one gradient step.
 
-The softmax kernel :math:`\exp(x^\top y) = \phi(x)^\top \phi(y)` by two feature maps
-(exact on a finite set, positive random features); the *dual model*
-:math:`f(z) = W \phi(z)` of Ren and Liu (2024) with its loss; and causal
-random-feature attention in linear time. A *positive random feature* is handled
-as its logarithm, since features overflow long before attention does.
+The features of a finite set that make the softmax kernel, :math:`\exp(x^\top y) =
+\phi(x)^\top \phi(y)`; the *dual model* :math:`f(z) = W \phi(z)` of Ren and Liu (2024)
+with its loss; and causal random-feature attention in linear time, which has the
+logarithms of its features, since these overflow long before attention does.
 
 Scores are plain inner products ``query @ key.mT``: a factor ``1/√d`` belongs
 into the queries (as :func:`icl.activations.capture_qkv` has it).
 """
 
 import math
-from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_Vectors = Float[Tensor, "*batch d"]
 _Tokens = Float[Tensor, "*batch T d"]
 _Features = Float[Tensor, "n d_r"]
 _Targets = Float[Tensor, "n d_o"]
@@ -57,49 +54,6 @@ def gram_features(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     eigenvalues, U = torch.linalg.eigh(torch.exp(-distance.square() / 2))
     root = (U * eigenvalues.clamp(min=0).sqrt()) @ U.mT  # rounding may go below 0
     return ((norm.square() / 2).exp()[:, None] * root).to(dtype)
-
-
-def gaussian_projection(
-    d_r: int, d: int, orthogonal=False, generator=None, dtype=None
-) -> Float[Tensor, "{d_r} {d}"]:
-    """Projections ``W`` with rows ``w ~ N(0, I_d)``, for random features.
-
-    Args:
-        d_r, d: number of rows and their width, that of keys and queries.
-        orthogonal: draw the rows in groups of ``d`` at right angles to each
-            other (Choromanski et al. 2021); each row alone is still N(0, I_d).
-        generator, dtype: a ``torch.Generator`` of the CPU; default torch's own.
-    """
-    normal = partial(torch.randn, generator=generator, dtype=dtype)
-    if not orthogonal:
-        return normal(d_r, d)
-    blocks = normal(-(-d_r // d), d, d)
-    Q, R = torch.linalg.qr(blocks)
-    # QR alone fixes the signs of R's diagonal; with them, Q is uniform.
-    Q = Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
-    directions = Q.mT.reshape(-1, d)[:d_r]
-    return directions * normal(d_r, d).norm(dim=1, keepdim=True)
-
-
-def log_features(
-    x: _Vectors, W: Float[Tensor, "m d"], hyperbolic=False
-) -> Float[Tensor, "*batch d_r"]:
-    r"""Logarithms of the positive random features of the softmax kernel.
-
-    :math:`\phi(x) = d_r^{-1/2} e^{-|x|^2/2}\,[e^{w_1^\top x}, \dots]` has
-    :math:`E[\phi(x)^\top\phi(y)] = \exp(x^\top y)` (Choromanski et al. 2021).
-
-    Args:
-        x: queries or keys.
-        W: rows from :func:`gaussian_projection`.
-        hyperbolic: use :math:`e^{w^\top x}` and :math:`e^{-w^\top x}` for every row,
-            hence twice as many features as rows.
-    """
-    u = x @ W.mT
-    if hyperbolic:
-        u = torch.cat([u, -u], -1)
-    half = x.square().sum(-1, keepdim=True) / 2
-    return u - half - math.log(u.shape[-1]) / 2
 
 
 def normaliser(
@@ -157,7 +111,6 @@ def streaming_attention(
     key: _Tokens,
     value: Float[Tensor, "*batch T d_o"],
     W: Float[Tensor, "m d"],
-    hyperbolic=False,
     chunk: int = 128,
 ) -> Float[Tensor, "*batch T d_o"]:
     r"""Causal random-feature attention in time and memory linear in ``T``.
@@ -165,11 +118,12 @@ def streaming_attention(
     Keeps :math:`S_t = \sum_{s \le t} \phi(k_s) v_s^\top` and
     :math:`z_t = \sum_{s \le t} \phi(k_s)`; the output at ``t`` is
     :math:`S_t^\top\phi(q_t) / z_t^\top\phi(q_t)`. The sums are carried from chunk
-    to chunk in float64, each feature relative to its largest value so far.
+    to chunk in float64, each feature relative to its largest value so far. Features are
+    :math:`\phi(x) = e^{-|x|^2/2}\,[e^{w_1^\top x}, \dots]` (Choromanski et al. 2021).
 
     Args:
         query, key, value: the queries with their factor ``1/√d``.
-        W, hyperbolic: as in :func:`log_features`.
+        W: its rows are normal draws ``w``.
         chunk: tokens handled at once, fewer where their keys differ too much for
             one peak; of no influence on the result.
 
@@ -185,15 +139,15 @@ def streaming_attention(
     for part in zip(*(t.split(chunk, -2) for t in (query, key, value)), strict=True):
         q, k, v = (t.double() for t in part)
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # this column sums to z
-        output, state = _advance(state, q, k, v, W, hyperbolic)
+        output, state = _advance(state, q, k, v, W)
         outputs.append(output.to(value.dtype))
     return torch.cat(outputs, -2)
 
 
-def _advance(state, q, k, v, W, hyperbolic):
+def _advance(state, q, k, v, W):
     """Outputs of one chunk, and the sums and their peaks after it."""
     (S, last), n = state, q.shape[-2]
-    a, b = log_features(k, W, hyperbolic), log_features(q, W, hyperbolic)
+    a, b = (x @ W.mT - x.square().sum(-1, keepdim=True) / 2 for x in (k, q))
     # Peaks cancel between keys, queries and sums: they are no part of the graph.
     peak = torch.maximum(last, a.detach().amax(-2, keepdim=True))
     a, b = (a - peak).exp(), b + peak
@@ -213,6 +167,6 @@ def _advance(state, q, k, v, W, hyperbolic):
     # Later keys of the chunk dwarf the sums of earlier tokens: take them apart.
     outputs, halves = [], (t.split([n // 2, n - n // 2], -2) for t in (q, k, v))
     for half in zip(*halves, strict=True):
-        output, state = _advance(state, *half, W, hyperbolic)
+        output, state = _advance(state, *half, W)
         outputs.append(output)
     return torch.cat(outputs, -2), state
