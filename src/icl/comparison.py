@@ -91,13 +91,9 @@ def run_scores(
 ) -> Float[np.ndarray, "N C"] | None:
     """Log-probabilities of the label words in one run; ``None`` where it diverged.
 
-    Args:
-        evaluator: the model and its task.
-        setting: ``"ZSL"``, ``"ICL"``, ``"FT"``, or ``"LCGD"``, which is FT's
-            layer-causal variant (Deutch et al. 2024).
-        seed: draws the demonstrations; ZSL has none.
-        learning_rate: of finetuning.
-        k: the number of demonstrations; default 32.
+    The setting is ``"ZSL"``, ``"ICL"``, ``"FT"`` or ``"LCGD"``, FT's layer-causal
+    variant (Deutch et al. 2024). All but ZSL have ``k`` demonstrations, drawn by
+    ``seed``; the learning rate is that of finetuning.
     """
     if setting not in ("ZSL", "ICL", "FT", "LCGD"):
         raise ValueError(f"setting {setting!r} is not one of ZSL, ICL, FT, LCGD")

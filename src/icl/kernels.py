@@ -28,15 +28,10 @@ _UNDERFLOW = torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps
 def gram_features(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     r"""Features whose inner products are exactly :math:`\exp(z_i^\top z_j)`.
 
-    For a finite set no infinite feature space is needed: any square root
-    of its Gram matrix will do. It is taken of
-    :math:`e^{-|z_i - z_j|^2/2}`, whose diagonal is 1, and row :math:`i` is then
-    multiplied by :math:`e^{|z_i|^2/2}`. An inner product of two features is off
-    by about :math:`\varepsilon\,e^{|z_i|^2/2 + |z_j|^2/2}`.
-
-    Args:
-        vectors: all keys and queries that will meet; row ``i`` of the result is
-            :math:`\phi(z_i)`.
+    Of all keys and queries that will meet, row by row: a square root of their Gram
+    matrix. It is taken of :math:`e^{-|z_i - z_j|^2/2}`, whose diagonal is 1, and row
+    :math:`i` is then multiplied by :math:`e^{|z_i|^2/2}`. An inner product of two
+    features is off by about :math:`\varepsilon\,e^{|z_i|^2/2 + |z_j|^2/2}`.
 
     Raises:
         ValueError: a norm so large that :math:`e^{|z|^2/2}` overflows, or not finite.
@@ -87,16 +82,11 @@ def contrastive_loss(
 ) -> Float[Tensor, ""]:
     r"""The loss whose gradient step is attention to the demonstrations.
 
-    :math:`L(W) = -\frac{1}{\eta D} \sum_i (W_V x_i)^\top W \phi(W_K x_i)`, linear
-    in ``W``. A step of size ``eta`` from :func:`initial_weight` gives the weight
-    whose prediction at :math:`\phi(q)` is the output of attention
-    (Ren and Liu 2024).
-
-    Args:
-        W, D: weight of the dual model, and :func:`normaliser`.
-        values, phi: :math:`W_V x_i` of the demonstration tokens, and features of as
-            many keys, else ``ValueError``.
-        eta: step size, positive, else ``ValueError``.
+    :math:`L(W) = -\frac{1}{\eta D} \sum_i (W_V x_i)^\top W \phi(W_K x_i)` of values
+    and key features of the demonstrations, linear in ``W``. A step of size ``eta`` from
+    :func:`initial_weight` gives the weight whose prediction at :math:`\phi(q)` is the
+    output of attention (Ren and Liu 2024). Other numbers of values than features, and
+    an ``eta`` that is not positive, raise ``ValueError``.
     """
     if len(values) != len(phi) or not eta > 0:
         raise ValueError(

@@ -144,11 +144,7 @@ def rec2ftp(zsl: ArrayLike, ft: ArrayLike, icl: ArrayLike) -> Proportion:
     """Recall to finetuning predictions (Dai et al. 2023, section 4.3).
 
     Of the examples that finetuning gets right and zero-shot gets wrong, the
-    part that ICL gets right too.
-
-    Args:
-        zsl, ft, icl: one boolean per example: was it predicted correctly zero-shot,
-            after finetuning, in context?
+    part that ICL gets right too; one boolean per example.
     """
     zsl, ft, icl = _booleans(zsl), _booleans(ft), _booleans(icl)
     if not zsl.shape == ft.shape == icl.shape:
@@ -194,12 +190,9 @@ class Similarity(NamedTuple):
 def simaou(h_zsl: Outputs, h_ft: Outputs, h_icl: Outputs, normalise=True) -> Similarity:
     """Similarity of attention output updates (Dai et al. 2023, section 4.4).
 
-    ``cos(h_ICL - h_ZSL, h_FT - h_ZSL)``. The paper scales every ``h`` to length 1
-    first; without that the measure is Deutch et al.'s (2024).
-
-    Args:
-        h_zsl, h_ft, h_icl: outputs of the attention modules, finite.
-        normalise: scale each to length 1 before the differences are taken.
+    ``cos(h_ICL - h_ZSL, h_FT - h_ZSL)`` of outputs of the attention modules. The paper
+    scales every ``h`` to length 1 first; without that the measure is Deutch et al.'s
+    (2024).
     """
     h_zsl, h_ft, h_icl = _alike(h_zsl, h_ft, h_icl)
     if normalise:
@@ -214,12 +207,8 @@ def simaou(h_zsl: Outputs, h_ft: Outputs, h_icl: Outputs, normalise=True) -> Sim
 def simam(m_a: Maps, m_b: Maps) -> Similarity:
     """Similarity of attention maps (Dai et al. 2023, section 4.5).
 
-    The cosine of two settings' scores before the softmax, head by head,
-    averaged over heads.
-
-    Args:
-        m_a, m_b: for each example, scores of the last token over the query's
-            tokens, finite; their number may differ from example to example.
+    The cosine of two settings' scores before the softmax, of the last token over the
+    query's tokens, head by head, averaged over heads.
     """
     return _over_heads(_cosine, m_a, m_b)
 
@@ -254,12 +243,9 @@ def kendall(m_icl: TokenMaps, m_ft: TokenMaps) -> Similarity:
     """Kendall's tau-b of attention to the training tokens (Dai et al. 2023, 4.6).
 
     A rank correlation, so it is the same before and after the softmax that the
-    original code applies (but for ties that rounding makes).
-
-    Args:
-        m_icl: attention scores over the demonstrations' tokens, summed over
-            heads, separators left out.
-        m_ft: :func:`training_attention` over the same tokens.
+    original code applies (but for ties that rounding makes). Of ICL's scores over the
+    demonstrations' tokens, summed over heads, separators left out, and of
+    :func:`training_attention` over the same tokens.
     """
     return _pairwise(_tau, *_alike(m_icl, m_ft))
 
@@ -267,11 +253,8 @@ def kendall(m_icl: TokenMaps, m_ft: TokenMaps) -> Similarity:
 def kendall_of_examples(m_icl: TokenMaps, m_ft: TokenMaps, example) -> Similarity:
     """:func:`kendall` of whole demonstrations (in the original code, not the paper).
 
-    Each weighs what the softmax over all tokens gives to its own.
-
-    Args:
-        m_icl, m_ft: as for :func:`kendall`.
-        example: which demonstration each token is of, counted from 0.
+    Each weighs what the softmax over all tokens gives to its own; ``example`` says
+    which demonstration a token is of, counted from 0.
     """
     member = np.asarray(example)[:, None] == np.unique(example)
     maps = _alike(m_icl, m_ft)

@@ -73,7 +73,8 @@ def linear_labels(generator, X: _Inputs, weight_covariance=None, noise=0.0) -> _
     """
     B, _, d = X.shape
     w = sample_inputs(generator, B, 1, d, weight_covariance, dtype=X.dtype)
-    return _add_noise(generator, (X @ w.mT).squeeze(-1), noise)
+    f = (X @ w.mT).squeeze(-1)
+    return f + noise * torch.randn(f.shape, generator=generator, dtype=X.dtype)
 
 
 _FUNCTIONS = {
@@ -102,7 +103,8 @@ def function_labels(generator, X: _Inputs, function, noise=0.0) -> _Labels:
         raise ValueError(f"function {function!r} is not one of {', '.join(_FUNCTIONS)}")
     w = sample_inputs(generator, len(X), 1, X.shape[2], dtype=X.dtype)
     u = (X @ (w / w.norm(dim=-1, keepdim=True)).mT).squeeze(-1)
-    return _add_noise(generator, _FUNCTIONS[function](u), noise)
+    f = _FUNCTIONS[function](u)
+    return f + noise * torch.randn(f.shape, generator=generator, dtype=X.dtype)
 
 
 def correlated_keys(
@@ -126,12 +128,6 @@ def correlated_keys(
         common = common / math.sqrt(dim)
     k = math.sqrt(correlation) * common + math.sqrt(1 - correlation) * z
     return k / k.norm(dim=-1, keepdim=True)
-
-
-def _add_noise(generator, y, noise):
-    if not 0 <= noise < math.inf:
-        raise ValueError(f"noise is a standard deviation, 0 or more, not {noise}")
-    return y + noise * torch.randn(y.shape, generator=generator, dtype=y.dtype)
 
 
 def _cholesky(covariance):
@@ -253,13 +249,8 @@ class InContextRegressor(nn.Module):
     The body is GPT-2 without dropout; linear maps read tokens in and predictions
     out. An input is a token ``(x_i, 0)`` and a label a token ``(0, y_i)``, so that
     the label has an entry of its own (Garg et al. put it into the first of x's).
-
-    Args:
-        dim: d.
-        examples: maximal number of examples, the query included.
-        width, layers, heads: of GPT-2.
-        seed: of the random weights; torch's own generator is left alone.
-        inner: width of the MLPs' hidden layers; default four times the model's.
+    There are at most as many ``examples``, the query included; ``inner`` is the width
+    of the MLPs' hidden layers, by default four times the model's.
     """
 
     def __init__(self, dim, examples, width=64, layers=3, heads=4, seed=0, inner=None):
