@@ -1,19 +1,10 @@
-"""How Dai et al. compare in-context learning with finetuning: protocol, measures.
+"""How Dai et al. compare in-context learning with finetuning: runs and measures."""
 
-The protocol, for one task: zero-shot; ICL with each seed; at the seed with the best ICL
-accuracy, K/V-finetuning at every learning rate of a grid; at the best rate,
-finetuning with the other seeds. Both choices are made on the evaluation set
-itself, as in the paper (appendix B), so every run is kept: the picked one is to
-be seen among the others.
-"""
-
-import string
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from icl import metrics
@@ -33,7 +24,6 @@ SEEDS = tuple(range(1, 8))
 DEMONSTRATIONS = dict.fromkeys(PAPER_TASKS, 32) | {"agnews": 22, "cb": 19}
 #: Ends of a demonstration, a line break or as in the original code.
 SEPARATORS = {"newline": "\n", "eos": "eos"}
-_DIGITS = string.digits + string.ascii_lowercase
 _TOP = 100  # tokens that top recall counts, or all if there are fewer
 LEARNING_RATES = tuple(m * s / 1e4 for s in (1, 10, 100, 1000) for m in range(1, 10))
 
@@ -101,13 +91,9 @@ def run_scores(
 ) -> Float[np.ndarray, "N C"] | None:
     """Log-probabilities of the label words in one run; ``None`` where it diverged.
 
-    Args:
-        evaluator: the model and its task.
-        setting: ``"ZSL"``, ``"ICL"``, ``"FT"``, or ``"LCGD"``, which is FT's
-            layer-causal variant (Deutch et al. 2024).
-        seed: draws the demonstrations; ZSL has none.
-        learning_rate: of finetuning.
-        k: the number of demonstrations; default 32.
+    The setting is ``"ZSL"``, ``"ICL"``, ``"FT"`` or ``"LCGD"``, FT's layer-causal
+    variant (Deutch et al. 2024). All but ZSL have ``k`` demonstrations, drawn by
+    ``seed``; the learning rate is that of finetuning.
     """
     if setting not in ("ZSL", "ICL", "FT", "LCGD"):
         raise ValueError(f"setting {setting!r} is not one of ZSL, ICL, FT, LCGD")
@@ -121,75 +107,6 @@ def run_scores(
             return evaluator.score()
     except FloatingPointError:
         return None
-
-
-def encode_predictions(scores: Float[np.ndarray, "N C"] | None) -> dict[str, str]:
-    """Predicted label ids as digits, ``predictions`` and batch-``calibrated`` ones.
-
-    They are the columns of the tables, empty for ``None``. From the eleventh label on
-    the digits are letters, ``a`` to ``z``.
-    """
-    if scores is None:
-        return {"predictions": "", "calibrated": ""}
-    if scores.shape[1] > len(_DIGITS):
-        raise ValueError(f"{scores.shape[1]} labels; there are {len(_DIGITS)} digits")
-    both = {"predictions": scores, "calibrated": metrics.calibrated(scores)}
-    return {name: "".join(_DIGITS[i] for i in s.argmax(1)) for name, s in both.items()}
-
-
-def make_predictor(evaluator: Evaluator, k=32) -> Callable:
-    """A function ``run(setting, seed, learning_rate)`` for :func:`protocol`."""
-
-    def run(setting, seed, learning_rate):
-        scores = run_scores(evaluator, setting, seed, learning_rate, k)
-        return None if scores is None else scores.argmax(1)
-
-    return run
-
-
-def protocol(
-    run: Callable, labels, seeds=SEEDS, rates=LEARNING_RATES, stride: int = 1
-) -> Iterator[tuple[str, int, float, Int[np.ndarray, " N"] | None]]:
-    """The runs of the protocol, each as it ends.
-
-    Args:
-        run: ``run(setting, seed, learning_rate)`` gives the predicted label ids,
-            or ``None`` where finetuning diverged (:func:`make_predictor`).
-        labels: the true ones.
-        seeds, rates: what to try.
-        stride: 1 tries every rate. 4, say, tries every fourth, then halves the
-            stride around the best until it is 1: the rule that picks stays the
-            same, but a narrow second peak may be missed.
-
-    Yields:
-        ``(setting, seed, learning_rate, predictions)``: setting ``"ZSL"`` (seed
-        and rate 0), ``"ICL"`` (rate 0) or ``"FT"``.
-    """
-    found = {}
-
-    def hits(key):
-        return -1 if found[key] is None else np.mean(found[key] == labels)
-
-    def runs(keys):
-        for key in keys:
-            if key not in found:
-                found[key] = run(*key)
-                yield *key, found[key]
-
-    def best(setting):
-        return max(sorted(key for key in found if key[0] == setting), key=hits)
-
-    yield from runs([("ZSL", 0, 0.0)])
-    yield from runs([("ICL", seed, 0.0) for seed in seeds])
-    _, picked, _ = best("ICL")
-    yield from runs([("FT", picked, rate) for rate in rates[::stride]])
-    while stride > 1:
-        stride //= 2
-        at = rates.index(best("FT")[2])
-        near = rates[max(0, at - stride) : at + stride + 1 : stride]
-        yield from runs([("FT", picked, rate) for rate in near])
-    _, _, rate = best("FT")
-    yield from runs([("FT", seed, rate) for seed in seeds])
 
 
 def finetune_with_queries(

@@ -1,10 +1,9 @@
-"""Running text to train language models on, as bytes or in pairs of them."""
+"""Running text to train language models on."""
 
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from icl.tasks import data_folder, mend_cp1252, movie_reviews
 
@@ -47,26 +46,6 @@ def load_text(name: str) -> Corpus:
 def as_bytes(text: str) -> Int[np.ndarray, " N"]:
     """The bytes of a text in UTF-8: tokens in a vocabulary of 256."""
     return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
-
-
-def byte_pairs(text: str, vocabulary: int) -> Tokenizer:
-    """A byte-pair tokenizer learned from a text; ``.encode(text).ids`` are tokens.
-
-    Raises:
-        ValueError: a vocabulary that does not even hold the 256 bytes.
-    """
-    if vocabulary < BYTES:
-        raise ValueError(f"a vocabulary of {vocabulary} does not hold the 256 bytes")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
-    return tokenizer
 
 
 def _read(name):

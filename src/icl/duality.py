@@ -1,25 +1,21 @@
 r"""Weight updates seen as linear attention, and attention seen as a weight update.
 
-A linear layer :math:`F(x) = W x` trained by gradient descent ends at
-:math:`W_T = a\,W_0 + \sum_i c_i\, e_i \otimes x'_i`: its training inputs
-:math:`x'_i` are keys, its error signals :math:`e_i = -\gamma\,
-\partial L_i/\partial F(x'_i)` are values, and the test input is the query
-(Aizerman et al. 1964; Irie et al. 2022; Dai et al. 2023, eq. 7-9).
-
-Read the other way, attention to demonstrations without its softmax adds
-:math:`\Delta W_\mathrm{ICL} = \sum_i v_i \otimes k_i` to a zero-shot weight
-(Dai et al. 2023, eq. 10-12), and finetuning the key and value projections adds
-a :math:`\Delta W_\mathrm{FT}` (eq. 13). Both are also measured on the heads of a model.
+A linear layer trained by gradient descent is linear attention to its training inputs,
+the keys, with its error signals as values (Aizerman et al. 1964; Irie et al. 2022;
+Dai et al. 2023, eq. 7-9). Read the other way, attention to demonstrations without its
+softmax adds :math:`\Delta W_\mathrm{ICL} = \sum_i v_i \otimes k_i` to a zero-shot
+weight (eq. 10-12), and finetuning the key and value projections adds a
+:math:`\Delta W_\mathrm{FT}` (eq. 13). Both are measured on the heads of a model.
 There a prompt is one opening token, the demonstrations, the query; the opening token,
 which takes much of the attention in most models, is in the zero-shot prompt as well.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from icl.activations import Heads, capture_qkv, stack_layers
@@ -39,191 +35,18 @@ def linear_attention(
     return (query @ keys.mT) @ values
 
 
-class Training(NamedTuple):
-    """A trained linear layer with the record of its training, by visits of examples."""
-
-    weight: Float[Tensor, "d_o d"]  #: the trained ``W_T``
-    keys: Float[Tensor, "n d"]  #: input of the example
-    values: Float[Tensor, "n d_o"]  #: its error signal ``e`` at that visit
-    step: Int[Tensor, " n"]  #: number of the step
-    example: Int[Tensor, " n"]  #: number of the example
-
-
-def train_linear(
-    W_0: Float[Tensor, "d_o d"],
-    X: Float[Tensor, "N d"],
-    Y: Tensor,
-    loss: Callable,
-    batches: Iterable[Int[Tensor, "..."]],
-    learning_rate: float,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-) -> Training:
-    """Gradient descent on ``F(x) = W x`` that keeps the error signals.
-
-    The update is that of ``torch.optim.SGD``: ``g ← ∇L + λ W``,
-    ``m ← μ m + g``, ``W ← W − γ m``. The record needs the gradient at the
-    layer's *output* alone, so ``loss`` may be any differentiable function.
-
-    Args:
-        W_0: weight before training.
-        X, Y: training inputs and as many targets, else ``ValueError``.
-        loss: ``loss(outputs, targets) -> scalar`` of a batch.
-        batches: index tensors of the steps, in order.
-        learning_rate, momentum, weight_decay: γ, μ, λ.
-    """
-    if len(X) != len(Y):
-        raise ValueError(f"{len(X)} inputs need as many targets, not {len(Y)}")
-    W, velocity = W_0.clone(), torch.zeros_like(W_0)
-    record = []
-    for t, batch in enumerate(batches):
-        outputs = (X[batch] @ W.mT).requires_grad_(True)
-        (gradient,) = torch.autograd.grad(loss(outputs, Y[batch]), outputs)
-        error = -learning_rate * gradient
-        record.append((X[batch], error, torch.full_like(batch, t), batch))
-        velocity = momentum * velocity + gradient.mT @ X[batch] + weight_decay * W
-        W = W - learning_rate * velocity
-    return Training(W, *map(torch.cat, zip(*record, strict=True)))
-
-
-def step_weights(
-    steps: int, learning_rate: float, momentum=0.0, weight_decay=0.0, dtype=None
-) -> tuple[Float[Tensor, ""], Float[Tensor, " steps"]]:
-    r"""Weights ``(a, c)`` of the start and of every step in the trained weight.
-
-    ``W_t`` and the velocity follow a linear recurrence, so the trained weight
-    is :math:`W_T = a W_0 + \sum_t c_t \sum_{i \in B_t} e_i \otimes x_i`. Without
-    weight decay :math:`a = 1` and :math:`c_t = (1-\mu^{T-t})/(1-\mu)`: older
-    steps count more. Without momentum
-    :math:`a = (1-\gamma\lambda)^T`, :math:`c_t = (1-\gamma\lambda)^{T-1-t}`:
-    older steps count less. In torch's default dtype if ``dtype`` is left out.
-    """
-    # W = a W_0 + Σ c_t (−γ G_t) and velocity = v W_0 + Σ p_t G_t at every step
-    a = torch.ones((), dtype=dtype or torch.get_default_dtype())
-    v = torch.zeros_like(a)
-    c, p = torch.zeros(2, steps, dtype=a.dtype)
-    for t in range(steps):
-        v = momentum * v + weight_decay * a
-        p = momentum * p - learning_rate * weight_decay * c
-        p[t] = 1.0
-        a = a - learning_rate * v
-        c = c + p
-    return a, c
-
-
-def dual_prediction(
-    W_0: Float[Tensor, "d_o d"],
-    training: Training,
-    query: _Query,
-    a: float | Float[Tensor, ""] = 1.0,
-    c: Float[Tensor, " steps"] | None = None,
-) -> Float[Tensor, "*batch d_o"]:
-    """Output of the trained layer without its trained weight.
-
-    ``a W_0 q + LinearAttn(c e, X', q)``, the dual form of ``W_T q``, with ``a`` and
-    ``c`` from :func:`step_weights`; default those of plain SGD (ones).
-    """
-    values = training.values
-    if c is not None:
-        values = values * c[training.step, None]
-    return a * (query @ W_0.mT) + linear_attention(values, training.keys, query)
-
-
-class Split(NamedTuple):
-    """Softmax attention, ``mass * demonstrations + (1 - mass) * rest``, taken apart."""
-
-    mass: Float[Tensor, "*batch"]  #: share of the attention on the demonstrations
-    demonstrations: Float[Tensor, "*batch d_o"]  #: attention over these alone
-    rest: Float[Tensor, "*batch d_o"]  #: attention over the other tokens alone
-
-    @property
-    def change(self) -> Float[Tensor, "*batch d_o"]:
-        """Effect of the demonstrations, ``mass * (demonstrations - rest)``."""
-        return self.mass[..., None] * (self.demonstrations - self.rest)
-
-
-def split_attention(
-    query: _Query, key: _Keys, value: _Values, demonstrations: Bool[Tensor, " n"]
-) -> Split:
-    """Attention of one query as a mixture of two attentions.
-
-    Exact for softmax attention: each group has its own softmax, and the groups
-    are mixed by the masses that the common softmax gives them. What Dai et al.
-    (2023) relax between their eq. 10 and 11. The query has the factor ``1/√d`` in it,
-    and ``demonstrations`` says of each token whether it is part of one.
-
-    Raises:
-        ValueError: ``demonstrations`` are not booleans, or all equal.
-        FloatingPointError: a score is not finite.
-    """
-    where = torch.as_tensor(demonstrations, device=key.device)
-    n, count = key.shape[-2], int(where.sum())
-    if where.dtype != torch.bool or where.shape != (n,) or not 0 < count < n:
-        raise ValueError(
-            f"demonstrations must be {n} booleans, some True and some False, not "
-            f"{where.dtype} of shape {tuple(where.shape)} with the sum {count}"
-        )
-    scores = (key @ query[..., None])[..., 0]
-    if not torch.isfinite(scores).all():
-        raise FloatingPointError("some query-key scores are not finite")
-    inside, outside = scores[..., where], scores[..., ~where]
-    # softmax of the two log-normalisers = the mass of each group
-    mass = torch.sigmoid(inside.logsumexp(-1) - outside.logsumexp(-1))
-    of_demonstrations = _mix(inside.softmax(-1), value[..., where, :])
-    return Split(
-        mass, of_demonstrations, _mix(outside.softmax(-1), value[..., ~where, :])
-    )
-
-
-def attention_weight(value: _Values, key: _Keys) -> _Matrix:
-    """Weight matrix of linear attention, ``Σ_i v_i ⊗ k_i``.
-
-    Over the query's own tokens this is ``W_ZSL``, over the demonstrations
-    ``ΔW_ICL`` (Dai et al. 2023, eq. 11-12): ``(W_ZSL + ΔW_ICL) q`` is linear
-    attention over both.
-    """
-    return value.mT @ key
-
-
 class KeyValueUpdate(NamedTuple):
-    """Update ``ΔW_FT`` of linear attention's weight, the sum of three parts."""
+    """``ΔW_FT`` of linear attention, in three parts (Dai et al. 2023, eq. 13)."""
 
     by_value: _Matrix  #: ``ΔW_V X (W_K X)ᵀ``
     by_key: _Matrix  #: ``W_V X (ΔW_K X)ᵀ``
     by_both: _Matrix  #: ``ΔW_V X (ΔW_K X)ᵀ``
 
 
-def finetuning_weight(
-    value: _Values, key: _Keys, new_value: _Values, new_key: _Keys
-) -> KeyValueUpdate:
-    """``ΔW_FT`` of linear attention, expanded (Dai et al. 2023, eq. 13).
-
-    Of ``W_V X`` and ``W_K X``, for the tokens ``X`` that the query attends to, and the
-    same from ``W_V + ΔW_V`` and ``W_K + ΔW_K``.
-    """
-    more_value, more_key = new_value - value, new_key - key
-    return KeyValueUpdate(
-        attention_weight(more_value, key),
-        attention_weight(value, more_key),
-        attention_weight(more_value, more_key),
-    )
-
-
 def frobenius_cosine(A: _Matrix, B: _Matrix) -> Float[Tensor, "*batch"]:
     """Cosine of two matrices as vectors; NaN where one of them is zero."""
     norms = torch.linalg.matrix_norm(A) * torch.linalg.matrix_norm(B)
     return (A * B).sum((-1, -2)) / norms
-
-
-def effective_rank(W: _Matrix) -> Float[Tensor, "*batch"]:
-    """Roy & Vetterli's (2007) effective rank.
-
-    The exponential of the entropy of the singular values as a distribution:
-    ``r`` for a matrix with ``r`` equal ones, 1 for an outer product.
-    """
-    values = torch.linalg.svdvals(W)
-    p = values / values.sum(-1, keepdim=True)
-    return torch.special.entr(p).sum(-1).exp()
 
 
 def subspace_overlap(
@@ -254,9 +77,9 @@ def approximations(
 ) -> dict[str, Float[Tensor, "*batch d_o"]]:
     """Change of a head's output by demonstrations, and approximations to it.
 
-    Of the arguments of :func:`split_attention`. With ``m`` the mass on the ``n``
-    demonstration tokens, ``h`` the output over the rest and bars for means over the
-    demonstration tokens:
+    ``demonstrations`` are booleans, one a token, some True and some False (else
+    ``ValueError``). With ``m`` the mass on the ``n`` tokens that are, ``h`` the output
+    over the rest and bars for means over the demonstration tokens:
 
     - ``"change"``: the change itself;
     - ``"relaxed"``: ``ΔW_ICL q`` (Dai et al. 2023, eq. 11-12);
@@ -265,19 +88,23 @@ def approximations(
     - ``"gated mean"``: ``m (v̄ - h)``;
     - ``"gated"``: ``m (v̄ + Σ v_i (k_i - k̄)ᵀ q / n - h)``, to first order the change.
     """
-    split = split_attention(query, key, value, demonstrations)
     where = torch.as_tensor(demonstrations, device=key.device)
-    keys, values = key[..., where, :], value[..., where, :]
-    mean, gate = values.mean(-2), split.mass[..., None]
-    scores = (keys @ query[..., None])[..., 0]
-    centred = _mix(scores - scores.mean(-1, keepdim=True), values)
+    tokens, n = key.shape[-2], int(where.sum())
+    if where.dtype != torch.bool or where.shape != (tokens,) or not 0 < n < tokens:
+        raise ValueError(f"demonstrations must be {tokens} booleans, some True")
+    scores, values = (key @ query[..., None])[..., 0], value[..., where, :]
+    inside, outside = scores[..., where], scores[..., ~where]
+    # softmax of the two log-normalisers = the mass of each group
+    gate = torch.sigmoid(inside.logsumexp(-1) - outside.logsumexp(-1))[..., None]
+    mean, rest = values.mean(-2), _mix(outside.softmax(-1), value[..., ~where, :])
+    centred = _mix(inside - inside.mean(-1, keepdim=True), values)
     return {
-        "change": split.change,
-        "relaxed": _mix(scores, values),  # = ΔW_ICL q, without forming ΔW_ICL
+        "change": gate * (_mix(inside.softmax(-1), values) - rest),
+        "relaxed": _mix(inside, values),  # = ΔW_ICL q, without forming ΔW_ICL
         "mean value": values.sum(-2),
         "centred": centred,
-        "gated mean": gate * (mean - split.rest),
-        "gated": gate * (mean + centred / keys.shape[-2] - split.rest),
+        "gated mean": gate * (mean - rest),
+        "gated": gate * (mean + centred / n - rest),
     }
 
 
@@ -344,7 +171,7 @@ def icl_update(layers: list[Heads], centred=False) -> Float[Tensor, "L H d_h d_h
     key, value = key[..., 1:, :], value[..., 1:, :]
     if centred:
         key = key - key.mean(-2, keepdim=True)
-    return attention_weight(value, key)
+    return value.mT @ key
 
 
 def ft_update(
@@ -361,7 +188,11 @@ def ft_update(
     """
     before = _stack_wide(capture_qkv(model, ids, start=start))
     after = _stack_wide(heads_on_frozen_inputs(model, update, ids, start))
-    return finetuning_weight(before.value, before.key, after.value, after.key)
+    key, value = before.key, before.value
+    more_key, more_value = after.key - key, after.value - value
+    return KeyValueUpdate(
+        more_value.mT @ key, value.mT @ more_key, more_value.mT @ more_key
+    )
 
 
 def _stack_wide(layers):

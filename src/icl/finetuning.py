@@ -64,9 +64,7 @@ def kv_sgd(
 
     The loss is the next-token cross-entropy averaged over all tokens of a text
     but its first (Dai et al. 2023, as their code computes it). Weights are trained in
-    float32; the model is left as it was. :func:`icl.activations.capture_queries` around
-    the call collects the training tokens' attention queries, layer by layer and text by
-    text, each at the text's own step.
+    float32; the model is left as it was.
 
     Args:
         model, tokenizer: from :func:`icl.models.load_model`.

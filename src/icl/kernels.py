@@ -1,24 +1,20 @@
 r"""Softmax attention as the prediction of a kernel model after one gradient step.
 
-The softmax kernel :math:`\exp(x^\top y) = \phi(x)^\top \phi(y)` by three feature
-maps (exact on a finite set, Taylor, positive random features); the *dual model*
-:math:`f(z) = W \phi(z)` of Ren and Liu (2024) with its loss; and causal
-random-feature attention in linear time. A *positive random feature* is handled
-as its logarithm, since features overflow long before attention does.
+The features of a finite set that make the softmax kernel, :math:`\exp(x^\top y) =
+\phi(x)^\top \phi(y)`; the *dual model* :math:`f(z) = W \phi(z)` of Ren and Liu (2024)
+with its loss; and causal random-feature attention in linear time, which has the
+logarithms of its features, since these overflow long before attention does.
 
 Scores are plain inner products ``query @ key.mT``: a factor ``1/√d`` belongs
 into the queries (as :func:`icl.activations.capture_qkv` has it).
 """
 
 import math
-from functools import partial
-from itertools import combinations_with_replacement
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_Vectors = Float[Tensor, "*batch d"]
 _Tokens = Float[Tensor, "*batch T d"]
 _Features = Float[Tensor, "n d_r"]
 _Targets = Float[Tensor, "n d_o"]
@@ -32,15 +28,10 @@ _UNDERFLOW = torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps
 def gram_features(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     r"""Features whose inner products are exactly :math:`\exp(z_i^\top z_j)`.
 
-    For a finite set no infinite feature space is needed: any square root
-    of its Gram matrix will do. It is taken of
-    :math:`e^{-|z_i - z_j|^2/2}`, whose diagonal is 1, and row :math:`i` is then
-    multiplied by :math:`e^{|z_i|^2/2}`. An inner product of two features is off
-    by about :math:`\varepsilon\,e^{|z_i|^2/2 + |z_j|^2/2}`.
-
-    Args:
-        vectors: all keys and queries that will meet; row ``i`` of the result is
-            :math:`\phi(z_i)`.
+    Of all keys and queries that will meet, row by row: a square root of their Gram
+    matrix. It is taken of :math:`e^{-|z_i - z_j|^2/2}`, whose diagonal is 1, and row
+    :math:`i` is then multiplied by :math:`e^{|z_i|^2/2}`. An inner product of two
+    features is off by about :math:`\varepsilon\,e^{|z_i|^2/2 + |z_j|^2/2}`.
 
     Raises:
         ValueError: a norm so large that :math:`e^{|z|^2/2}` overflows, or not finite.
@@ -58,115 +49,6 @@ def gram_features(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     eigenvalues, U = torch.linalg.eigh(torch.exp(-distance.square() / 2))
     root = (U * eigenvalues.clamp(min=0).sqrt()) @ U.mT  # rounding may go below 0
     return ((norm.square() / 2).exp()[:, None] * root).to(dtype)
-
-
-def taylor_features(x: _Vectors, degree: int) -> Float[Tensor, "*batch d_r"]:
-    r"""All monomials of the entries of ``x`` up to a degree, scaled.
-
-    :math:`x^a / \sqrt{a!}` for every multi-index :math:`|a| \le` ``degree``, so
-    that :math:`\phi(x)^\top\phi(y) = \sum_{m \le degree} (x^\top y)^m / m!` and
-    ``d_r = C(d + degree, degree)``. Of an odd degree this sum can be negative, of
-    an even one it is positive.
-    """
-    d = x.shape[-1]
-    # A monomial of at most this degree in x is one of exactly it in (1, x).
-    factors = list(combinations_with_replacement(range(d + 1), degree))
-    factors = torch.tensor(factors, dtype=torch.long).reshape(len(factors), degree)
-    scale = torch.ones(factors.shape, dtype=x.dtype)
-    for j in range(1, degree):  # the runs 1, 2, 3 of equal factors multiply to a!
-        again = (factors[:, j] == factors[:, j - 1]) & (factors[:, j] > 0)
-        scale[:, j] = torch.where(again, scale[:, j - 1] + 1, scale[:, j])
-    one_and_x = torch.cat([torch.ones_like(x[..., :1]), x], -1)
-    monomials = one_and_x[..., factors.to(x.device)].prod(-1)
-    return monomials / scale.prod(-1).sqrt().to(x.device)
-
-
-def gaussian_projection(
-    d_r: int, d: int, orthogonal=False, generator=None, dtype=None
-) -> Float[Tensor, "{d_r} {d}"]:
-    """Projections ``W`` with rows ``w ~ N(0, I_d)``, for random features.
-
-    Args:
-        d_r, d: number of rows and their width, that of keys and queries.
-        orthogonal: draw the rows in groups of ``d`` at right angles to each
-            other (Choromanski et al. 2021); each row alone is still N(0, I_d).
-        generator, dtype: a ``torch.Generator`` of the CPU; default torch's own.
-    """
-    normal = partial(torch.randn, generator=generator, dtype=dtype)
-    if not orthogonal:
-        return normal(d_r, d)
-    blocks = normal(-(-d_r // d), d, d)
-    Q, R = torch.linalg.qr(blocks)
-    # QR alone fixes the signs of R's diagonal; with them, Q is uniform.
-    Q = Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
-    directions = Q.mT.reshape(-1, d)[:d_r]
-    return directions * normal(d_r, d).norm(dim=1, keepdim=True)
-
-
-def log_features(
-    x: _Vectors, W: Float[Tensor, "m d"], hyperbolic=False
-) -> Float[Tensor, "*batch d_r"]:
-    r"""Logarithms of the positive random features of the softmax kernel.
-
-    :math:`\phi(x) = d_r^{-1/2} e^{-|x|^2/2}\,[e^{w_1^\top x}, \dots]` has
-    :math:`E[\phi(x)^\top\phi(y)] = \exp(x^\top y)` (Choromanski et al. 2021).
-
-    Args:
-        x: queries or keys.
-        W: rows from :func:`gaussian_projection`.
-        hyperbolic: use :math:`e^{w^\top x}` and :math:`e^{-w^\top x}` for every row,
-            hence twice as many features as rows.
-    """
-    u = x @ W.mT
-    if hyperbolic:
-        u = torch.cat([u, -u], -1)
-    half = x.square().sum(-1, keepdim=True) / 2
-    return u - half - math.log(u.shape[-1]) / 2
-
-
-def kernel_variance(
-    x: _Vectors, y: _Vectors, d_r: int, hyperbolic=False
-) -> Float[Tensor, "*batch"]:
-    r"""Variance of :math:`\phi(x)^\top\phi(y)` over independent rows.
-
-    :math:`e^{2 x^\top y} (e^{|x+y|^2} - 1) / d_r`; hyperbolic features of the same
-    number ``d_r`` have :math:`1 - e^{-|x+y|^2}` times that.
-    """
-    square = (x + y).square().sum(-1)
-    variance = (2 * (x * y).sum(-1)).exp() * square.expm1() / d_r
-    return -variance * (-square).expm1() if hyperbolic else variance
-
-
-def balance(query: _Tokens, key: _Tokens) -> tuple[_Tokens, _Tokens]:
-    r"""Queries and keys that attend alike and suit positive random features better.
-
-    Attention stays as it is when one vector is added to all keys, and when
-    queries go through a matrix :math:`A` and keys through :math:`A^{-\top}`. The
-    relative variance of the features grows as :math:`e^{|q+k|^2}`
-    (:func:`kernel_variance`), so the keys are centred at minus the mean query,
-    and :math:`A` makes :math:`E|Aq|^2 + E|A^{-\top}k|^2` of the centred vectors
-    smallest: :math:`A^\top A` is the geometric mean of :math:`C_q^{-1}` and
-    :math:`C_k`, their second moments.
-    """
-    q, k = (t.double() - t.double().mean(-2, keepdim=True) for t in (query, key))
-    root = _power(_moments(q), 0.5)
-    inverse = torch.linalg.inv(root)
-    A = _power(inverse @ _power(root @ _moments(k) @ root, 0.5) @ inverse, 0.5)
-    q, k = query.double() @ A, k @ torch.linalg.inv(A)
-    return q.to(query.dtype), (k - q.mean(-2, keepdim=True)).to(key.dtype)
-
-
-def _moments(x):
-    """Second moments, with a little ridge against empty directions."""
-    ridge = 1e-3 * x.square().mean((-2, -1)).clamp(min=1e-12)[..., None, None]
-    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return x.mT @ x / x.shape[-2] + ridge * identity
-
-
-def _power(symmetric, exponent):
-    eigenvalues, U = torch.linalg.eigh(symmetric)
-    eigenvalues = eigenvalues.clamp(min=torch.finfo(symmetric.dtype).tiny)
-    return (U * eigenvalues[..., None, :] ** exponent) @ U.mT
 
 
 def normaliser(
@@ -200,16 +82,11 @@ def contrastive_loss(
 ) -> Float[Tensor, ""]:
     r"""The loss whose gradient step is attention to the demonstrations.
 
-    :math:`L(W) = -\frac{1}{\eta D} \sum_i (W_V x_i)^\top W \phi(W_K x_i)`, linear
-    in ``W``. A step of size ``eta`` from :func:`initial_weight` gives the weight
-    whose prediction at :math:`\phi(q)` is the output of attention
-    (Ren and Liu 2024).
-
-    Args:
-        W, D: weight of the dual model, and :func:`normaliser`.
-        values, phi: :math:`W_V x_i` of the demonstration tokens, and features of as
-            many keys, else ``ValueError``.
-        eta: step size, positive, else ``ValueError``.
+    :math:`L(W) = -\frac{1}{\eta D} \sum_i (W_V x_i)^\top W \phi(W_K x_i)` of values
+    and key features of the demonstrations, linear in ``W``. A step of size ``eta`` from
+    :func:`initial_weight` gives the weight whose prediction at :math:`\phi(q)` is the
+    output of attention (Ren and Liu 2024). Other numbers of values than features, and
+    an ``eta`` that is not positive, raise ``ValueError``.
     """
     if len(values) != len(phi) or not eta > 0:
         raise ValueError(
@@ -224,7 +101,6 @@ def streaming_attention(
     key: _Tokens,
     value: Float[Tensor, "*batch T d_o"],
     W: Float[Tensor, "m d"],
-    hyperbolic=False,
     chunk: int = 128,
 ) -> Float[Tensor, "*batch T d_o"]:
     r"""Causal random-feature attention in time and memory linear in ``T``.
@@ -232,11 +108,12 @@ def streaming_attention(
     Keeps :math:`S_t = \sum_{s \le t} \phi(k_s) v_s^\top` and
     :math:`z_t = \sum_{s \le t} \phi(k_s)`; the output at ``t`` is
     :math:`S_t^\top\phi(q_t) / z_t^\top\phi(q_t)`. The sums are carried from chunk
-    to chunk in float64, each feature relative to its largest value so far.
+    to chunk in float64, each feature relative to its largest value so far. Features are
+    :math:`\phi(x) = e^{-|x|^2/2}\,[e^{w_1^\top x}, \dots]` (Choromanski et al. 2021).
 
     Args:
         query, key, value: the queries with their factor ``1/√d``.
-        W, hyperbolic: as in :func:`log_features`.
+        W: its rows are normal draws ``w``.
         chunk: tokens handled at once, fewer where their keys differ too much for
             one peak; of no influence on the result.
 
@@ -252,15 +129,15 @@ def streaming_attention(
     for part in zip(*(t.split(chunk, -2) for t in (query, key, value)), strict=True):
         q, k, v = (t.double() for t in part)
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # this column sums to z
-        output, state = _advance(state, q, k, v, W, hyperbolic)
+        output, state = _advance(state, q, k, v, W)
         outputs.append(output.to(value.dtype))
     return torch.cat(outputs, -2)
 
 
-def _advance(state, q, k, v, W, hyperbolic):
+def _advance(state, q, k, v, W):
     """Outputs of one chunk, and the sums and their peaks after it."""
     (S, last), n = state, q.shape[-2]
-    a, b = log_features(k, W, hyperbolic), log_features(q, W, hyperbolic)
+    a, b = (x @ W.mT - x.square().sum(-1, keepdim=True) / 2 for x in (k, q))
     # Peaks cancel between keys, queries and sums: they are no part of the graph.
     peak = torch.maximum(last, a.detach().amax(-2, keepdim=True))
     a, b = (a - peak).exp(), b + peak
@@ -280,6 +157,6 @@ def _advance(state, q, k, v, W, hyperbolic):
     # Later keys of the chunk dwarf the sums of earlier tokens: take them apart.
     outputs, halves = [], (t.split([n // 2, n - n // 2], -2) for t in (q, k, v))
     for half in zip(*halves, strict=True):
-        output, state = _advance(state, *half, W, hyperbolic)
+        output, state = _advance(state, *half, W)
         outputs.append(output)
     return torch.cat(outputs, -2), state

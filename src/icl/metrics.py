@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.special
 import scipy.stats
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Float, Num
 from numpy.typing import ArrayLike
 
 Outputs = Num[np.ndarray, "N L d"]  # of N examples in L layers
@@ -241,11 +241,7 @@ def rec2ftp(zsl: ArrayLike, ft: ArrayLike, icl: ArrayLike) -> Proportion:
     """Recall to finetuning predictions (Dai et al. 2023, section 4.3).
 
     Of the examples that finetuning gets right and zero-shot gets wrong, the
-    part that ICL gets right too.
-
-    Args:
-        zsl, ft, icl: one boolean per example: was it predicted correctly zero-shot,
-            after finetuning, in context?
+    part that ICL gets right too; one boolean per example.
     """
     zsl, ft, icl = _booleans(zsl), _booleans(ft), _booleans(icl)
     if not zsl.shape == ft.shape == icl.shape:
@@ -291,12 +287,9 @@ class Similarity(NamedTuple):
 def simaou(h_zsl: Outputs, h_ft: Outputs, h_icl: Outputs, normalise=True) -> Similarity:
     """Similarity of attention output updates (Dai et al. 2023, section 4.4).
 
-    ``cos(h_ICL - h_ZSL, h_FT - h_ZSL)``. The paper scales every ``h`` to length 1
-    first; without that the measure is Deutch et al.'s (2024).
-
-    Args:
-        h_zsl, h_ft, h_icl: outputs of the attention modules, finite.
-        normalise: scale each to length 1 before the differences are taken.
+    ``cos(h_ICL - h_ZSL, h_FT - h_ZSL)`` of outputs of the attention modules. The paper
+    scales every ``h`` to length 1 first; without that the measure is Deutch et al.'s
+    (2024).
     """
     h_zsl, h_ft, h_icl = _alike(h_zsl, h_ft, h_icl)
     if normalise:
@@ -311,12 +304,8 @@ def simaou(h_zsl: Outputs, h_ft: Outputs, h_icl: Outputs, normalise=True) -> Sim
 def simam(m_a: Maps, m_b: Maps) -> Similarity:
     """Similarity of attention maps (Dai et al. 2023, section 4.5).
 
-    The cosine of two settings' scores before the softmax, head by head,
-    averaged over heads.
-
-    Args:
-        m_a, m_b: for each example, scores of the last token over the query's
-            tokens, finite; their number may differ from example to example.
+    The cosine of two settings' scores before the softmax, of the last token over the
+    query's tokens, head by head, averaged over heads.
     """
     return _over_heads(_cosine, m_a, m_b)
 
@@ -351,12 +340,9 @@ def kendall(m_icl: TokenMaps, m_ft: TokenMaps) -> Similarity:
     """Kendall's tau-b of attention to the training tokens (Dai et al. 2023, 4.6).
 
     A rank correlation, so it is the same before and after the softmax that the
-    original code applies (but for ties that rounding makes).
-
-    Args:
-        m_icl: attention scores over the demonstrations' tokens, summed over
-            heads, separators left out.
-        m_ft: :func:`training_attention` over the same tokens.
+    original code applies (but for ties that rounding makes). Of ICL's scores over the
+    demonstrations' tokens, summed over heads, separators left out, and of
+    :func:`training_attention` over the same tokens.
     """
     return _pairwise(_tau, *_alike(m_icl, m_ft))
 
@@ -364,11 +350,8 @@ def kendall(m_icl: TokenMaps, m_ft: TokenMaps) -> Similarity:
 def kendall_of_examples(m_icl: TokenMaps, m_ft: TokenMaps, example) -> Similarity:
     """:func:`kendall` of whole demonstrations (in the original code, not the paper).
 
-    Each weighs what the softmax over all tokens gives to its own.
-
-    Args:
-        m_icl, m_ft: as for :func:`kendall`.
-        example: which demonstration each token is of, counted from 0.
+    Each weighs what the softmax over all tokens gives to its own; ``example`` says
+    which demonstration a token is of, counted from 0.
     """
     member = np.asarray(example)[:, None] == np.unique(example)
     maps = _alike(m_icl, m_ft)
@@ -389,42 +372,6 @@ def top_recall(m_icl: TokenMaps, m_ft: TokenMaps, k) -> Similarity:
         return len(a & b) / k
 
     return _pairwise(recall, m_icl, m_ft)
-
-
-def token_overlap(tokens_a: ArrayLike, tokens_b: ArrayLike) -> Float[np.ndarray, " N"]:
-    """Part of the likeliest next tokens that two settings share (Shen et al. 2024).
-
-    Args:
-        tokens_a, tokens_b: ids of the K likeliest tokens of each of N examples, none
-            twice.
-    """
-    same = _same_tokens(tokens_a, tokens_b)
-    return same.sum((1, 2)) / same.shape[1]
-
-
-def overlap_cosine(tokens_a, p_a, tokens_b, p_b) -> Float[np.ndarray, " N"]:
-    """Cosine of two next-token distributions, each cut to its K likeliest tokens.
-
-    After the overlap cosine similarity of Shen et al. (2024): tokens that only
-    one of the two holds count as 0 for the other.
-
-    Args:
-        tokens_a, tokens_b: as for :func:`token_overlap`.
-        p_a, p_b: probabilities of these tokens, not all 0.
-    """
-    p_a, p_b = np.asarray(p_a, dtype=float), np.asarray(p_b, dtype=float)
-    same = _same_tokens(tokens_a, tokens_b)
-    both = (same * p_a[:, :, None] * p_b[:, None]).sum((1, 2))
-    return both / np.sqrt((p_a**2).sum(1) * (p_b**2).sum(1))
-
-
-def _same_tokens(tokens_a, tokens_b) -> Bool[np.ndarray, "N K K"]:
-    a, b = np.asarray(tokens_a), np.asarray(tokens_b)
-    if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(f"tokens must be two lists (N, K), not {a.shape}, {b.shape}")
-    if any(len({*row}) < len(row) for row in (*a.tolist(), *b.tolist())):
-        raise ValueError("a token is there twice among the likeliest of an example")
-    return a[:, :, None] == b[:, None]
 
 
 def _tau(a, b):

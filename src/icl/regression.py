@@ -73,7 +73,8 @@ def linear_labels(generator, X: _Inputs, weight_covariance=None, noise=0.0) -> _
     """
     B, _, d = X.shape
     w = sample_inputs(generator, B, 1, d, weight_covariance, dtype=X.dtype)
-    return _add_noise(generator, (X @ w.mT).squeeze(-1), noise)
+    f = (X @ w.mT).squeeze(-1)
+    return f + noise * torch.randn(f.shape, generator=generator, dtype=X.dtype)
 
 
 _FUNCTIONS = {
@@ -102,36 +103,8 @@ def function_labels(generator, X: _Inputs, function, noise=0.0) -> _Labels:
         raise ValueError(f"function {function!r} is not one of {', '.join(_FUNCTIONS)}")
     w = sample_inputs(generator, len(X), 1, X.shape[2], dtype=X.dtype)
     u = (X @ (w / w.norm(dim=-1, keepdim=True)).mT).squeeze(-1)
-    return _add_noise(generator, _FUNCTIONS[function](u), noise)
-
-
-def _relu_kernel(U, V):
-    norms = U.norm(dim=-1)[..., :, None] * V.norm(dim=-1)[..., None, :]
-    cosine = (U @ V.mT / norms).clamp(-1, 1)
-    sine = (1 - cosine.square()).clamp(min=0).sqrt()
-    return norms * (sine + (math.pi - cosine.acos()) * cosine) / math.pi
-
-
-#: Kernels of all pairs of rows of ``U`` and ``V``, by name: ``u·v``; ``exp(u·v/√d)``,
-#: the unnormalised weight of softmax attention; and that of infinitely many random ReLU
-#: features, ``2 E relu(w·u) relu(w·v)`` for normal w, the arc-cosine kernel of order 1
-#: (Cho and Saul 2009). ``relu(u·v)`` itself is not positive definite.
-KERNELS = {
-    "linear": lambda U, V: U @ V.mT,
-    "exp": lambda U, V: (U @ V.mT / math.sqrt(U.shape[-1])).exp(),
-    "relu": _relu_kernel,
-}
-
-
-def kernel_labels(generator, X: _Inputs, kernel) -> _Labels:
-    """Labels that are a Gaussian process of the inputs with a positive kernel."""
-    K = kernel(X, X).double()
-    values, vectors = torch.linalg.eigh((K + K.mT) / 2)
-    if not (values.min() >= -1e-4 * values.max()):
-        raise ValueError(f"not positive semi-definite: eigenvalue {values.min():.2g}")
-    z = torch.randn(K.shape[:-1], generator=generator, dtype=K.dtype)
-    f = vectors @ (values.clamp(min=0).sqrt() * z)[..., None]
-    return f.squeeze(-1).to(X.dtype)
+    f = _FUNCTIONS[function](u)
+    return f + noise * torch.randn(f.shape, generator=generator, dtype=X.dtype)
 
 
 def correlated_keys(
@@ -157,12 +130,6 @@ def correlated_keys(
     return k / k.norm(dim=-1, keepdim=True)
 
 
-def _add_noise(generator, y, noise):
-    if not 0 <= noise < math.inf:
-        raise ValueError(f"noise is a standard deviation, 0 or more, not {noise}")
-    return y + noise * torch.randn(y.shape, generator=generator, dtype=y.dtype)
-
-
 def _cholesky(covariance):
     L, failed = torch.linalg.cholesky_ex(covariance)
     symmetric = torch.allclose(covariance, covariance.mT)
@@ -172,43 +139,6 @@ def _cholesky(covariance):
 
 
 # --- classical answers ----------------------------------------------------------------
-
-
-def one_step_optimum(dim, examples, variance=1.0, fourth_moment=None):
-    r"""Best learning rate of one step of gradient descent, and its loss.
-
-    For entries of ``x`` that are independent with mean 0 and
-    :math:`w \sim N(0, I)`, no noise, the prediction :math:`\frac{\eta}{N} \sum_i
-    y_i x_i^\top x` has its least :math:`\frac12` mean squared error at
-    :math:`\eta^* = N a/b`, where :math:`a = N d s` and :math:`b = N(d m_4 +
-    d(d-1)s^2) + N(N-1) d s^2`; it is :math:`\frac{s}{2}(d - a^2/b)`.
-
-    Args:
-        dim, examples: d and N.
-        variance: s, of one entry of ``x``.
-        fourth_moment: :math:`m_4 = E[x_j^4]`; default 3s², that of a normal.
-    """
-    d, N, s = dim, examples, variance
-    m4 = 3 * s**2 if fourth_moment is None else fourth_moment
-    if not (s > 0 and s**2 * (1 - 1e-12) <= m4 < math.inf):
-        raise ValueError(f"variance {s}, fourth moment {m4}: not those of any inputs")
-    a = N * d * s
-    b = N * (d * m4 + d * (d - 1) * s**2) + N * (N - 1) * d * s**2
-    return N * a / b, s / 2 * (d - a**2 / b)
-
-
-def one_step_preconditioner(covariance: _Matrix, examples) -> tuple[_Matrix, float]:
-    r"""Best matrix A of one preconditioned step, and its loss.
-
-    For :math:`x \sim N(0, \Sigma)`, :math:`w \sim N(0, I)`, the prediction
-    :math:`\frac1N \sum_i y_i\, x_i^\top A x` has its least :math:`\frac12` mean
-    squared error at :math:`A = \big(\frac{N+1}{N}\Sigma + \frac{\mathrm{tr}
-    \Sigma}{N} I\big)^{-1}` (Ahn et al. 2023, Theorem 1).
-    """
-    _cholesky(covariance)
-    N, eye = examples, torch.eye(len(covariance), dtype=covariance.dtype)
-    A = torch.linalg.inv((N + 1) / N * covariance + covariance.trace() / N * eye)
-    return A, 0.5 * (covariance - covariance @ A @ covariance).trace().item()
 
 
 def least_squares(X: _Inputs, y: _Labels, x: _Query) -> _Answers:
@@ -260,27 +190,6 @@ def nearest_neighbours(X: _Inputs, y: _Labels, x: _Query, k=3) -> _Answers:
     return y.gather(1, nearest).mean(1)
 
 
-def kernel_ridge(X: _Inputs, y: _Labels, x: _Query, kernel, penalty) -> _Answers:
-    """Predictions of kernel ridge regression, ``k(x, X)(K + penalty I)⁻¹ y``.
-
-    The Bayes answer if labels are a Gaussian process of this kernel with noise
-    variance ``penalty``.
-    """
-    _check_task(X, y, x, penalty=penalty)
-    K = kernel(X, X) + penalty * torch.eye(X.shape[1], dtype=X.dtype)
-    weights = kernel(x[:, None], X).squeeze(1)
-    return (weights * torch.linalg.solve(K, y[..., None]).squeeze(-1)).sum(-1)
-
-
-def nadaraya_watson(X: _Inputs, y: _Labels, x: _Query, kernel) -> _Answers:
-    """Mean of the labels with weights ``k(x, x_i)``, which must not be negative."""
-    _check_task(X, y, x)
-    weights = kernel(x[:, None], X).squeeze(1)
-    if (weights < 0).any():
-        raise ValueError("a kernel with negative values gives no weighted mean")
-    return (weights * y).sum(-1) / weights.sum(-1)
-
-
 def at_every_prefix(predict, X: _Inputs, y: _Labels, **options) -> _Labels:
     """Predictions of every label from the examples before it; zero for the first."""
     columns = [torch.zeros_like(y[:, 0])]
@@ -302,34 +211,6 @@ def _check_task(X, y, x, **positive):
 
 
 # --- attention that learns in context -------------------------------------------------
-
-
-def gd_weights(dim, eta, gamma=None, w_0=None) -> tuple[_Layers, _Layers]:
-    r"""P and Q with which linear attention takes steps of gradient descent.
-
-    The construction of von Oswald et al. (2023): keys and queries are the inputs,
-    values the errors, ``W_K = W_Q = diag(I, 0)``, ``W_V = [[0, 0], [w_0ᵀ, -1]]``,
-    projection ``η/N``. With ``gamma`` each layer also moves the inputs, ``x ←
-    (I − γ/N Σ x_i x_iᵀ) x``, their GD++.
-
-    Args:
-        dim: d.
-        eta, gamma: a number per layer each; default of ``gamma`` none.
-        w_0: weight to start from, default zero. The prediction is then ``w_0ᵀ x``
-            plus that of the layers.
-    """
-    eta = torch.as_tensor(eta)
-    L, corner = len(eta), torch.zeros(dim + 1, dtype=eta.dtype)
-    corner[-1] = 1.0
-    inputs = torch.diag(1 - corner)
-    row = -corner if w_0 is None else torch.cat([w_0, -corner[-1:]])
-    P = eta[:, None, None] * torch.outer(corner, row)
-    if gamma is not None:
-        gamma = torch.as_tensor(gamma)
-        if gamma.shape != eta.shape:
-            raise ValueError(f"{L} layers need as many gamma, not {len(gamma)}")
-        P = P - gamma[:, None, None] * inputs
-    return P, inputs.repeat(L, 1, 1)
 
 
 def random_weights(generator, layers, dim, std) -> tuple[_Layers, _Layers]:
@@ -354,32 +235,6 @@ class LinearTransformer(nn.Module):
         return -Z[:, -1, -1]
 
 
-def softmax_weights(U: Float[Tensor, "*b N d"], V: Float[Tensor, "*b M d"]):
-    """Weights of softmax attention, ``softmax(U Vᵀ/√d)``."""
-    return (U @ V.mT / math.sqrt(U.shape[-1])).softmax(-1)
-
-
-def functional_gd(X: _Inputs, y: _Labels, x: _Query, attention, eta) -> _Answers:
-    r"""Predictions of stacked attention whose label entries carry residuals.
-
-    Layer l subtracts from the label entry of each row, the query's too, what it
-    attends to: :math:`r_j \leftarrow r_j - \eta_l \sum_{i \le N} h(x_j, x_i) r_i`.
-    If h is a kernel this is gradient descent on the squared error in its
-    reproducing-kernel Hilbert space, :math:`f \leftarrow f + \eta_l \sum_i (y_i -
-    f(x_i)) h(x_i, \cdot)`, and minus the query's entry is f(x) (Cheng et al.
-    2024).
-
-    Args:
-        attention: h, of all pairs of rows: :func:`softmax_weights` or a kernel.
-        eta: learning rate of each layer; the result is differentiable in it.
-    """
-    Z, N = _tokens(X, y, x), X.shape[1]
-    weights, r = attention(Z[..., :-1], X), Z[..., -1:]
-    for rate in eta:
-        r = r - rate * weights @ r[:, :N]
-    return -r[:, -1, 0]
-
-
 def _tokens(X, y, x):
     """Rows ``(x_i, y_i)`` and, last, ``(x, 0)``: ``(B, N + 1, d + 1)``."""
     _check_task(X, y, x)
@@ -394,13 +249,8 @@ class InContextRegressor(nn.Module):
     The body is GPT-2 without dropout; linear maps read tokens in and predictions
     out. An input is a token ``(x_i, 0)`` and a label a token ``(0, y_i)``, so that
     the label has an entry of its own (Garg et al. put it into the first of x's).
-
-    Args:
-        dim: d.
-        examples: maximal number of examples, the query included.
-        width, layers, heads: of GPT-2.
-        seed: of the random weights; torch's own generator is left alone.
-        inner: width of the MLPs' hidden layers; default four times the model's.
+    There are at most as many ``examples``, the query included; ``inner`` is the width
+    of the MLPs' hidden layers, by default four times the model's.
     """
 
     def __init__(self, dim, examples, width=64, layers=3, heads=4, seed=0, inner=None):

@@ -1,4 +1,4 @@
-"""The protocol: which runs it makes, what it picks, what it does not repeat."""
+"""What one run of a setting is, and how two settings are compared."""
 
 import math
 from dataclasses import replace
@@ -12,10 +12,7 @@ from icl.activations import capture_qkv, read_recording, record
 from icl.comparison import (
     LEARNING_RATES,
     Evaluator,
-    encode_predictions,
     finetune_with_queries,
-    make_predictor,
-    protocol,
     run_scores,
     similarities,
 )
@@ -34,29 +31,10 @@ def model():
     return tiny_model("llama")
 
 
-def right(predictions):
-    return np.mean(predictions == TASK.labels())
-
-
 def test_grid_of_the_paper():
     assert len(LEARNING_RATES) == 36
     assert min(LEARNING_RATES) == pytest.approx(1e-4)
     assert max(LEARNING_RATES) == pytest.approx(0.9)
-
-
-def test_runs_and_picks(model, tokenizer):
-    seeds, rates = (1, 2, 3), (0.01, 0.3)
-    run = make_predictor(Evaluator(model, tokenizer, TASK, " "), 3)
-    found = list(protocol(run, TASK.labels(), seeds=seeds, rates=rates))
-    runs = {run[:3]: run[3] for run in found}
-    assert len(runs) == len(found) == 1 + 3 + 2 + 2
-    icl = {s: right(runs["ICL", s, 0.0]) for s in seeds}
-    picked = max(icl, key=icl.get)
-    rate = max(rates, key=lambda r: right(runs["FT", picked, r]))
-    assert {key for key in runs if key[0] == "FT"} == {
-        *[("FT", picked, r) for r in rates],
-        *[("FT", s, rate) for s in seeds],
-    }
 
 
 def test_runs_are_what_they_say(model, tokenizer):
@@ -66,10 +44,12 @@ def test_runs_are_what_they_say(model, tokenizer):
         before = prompt_prefix(TASK, lessons, tokenizer, " ") if lessons else ""
         return score(model, tokenizer, queries, TASK.label_words, before).argmax(1)
 
-    run, told_apart = make_predictor(Evaluator(model, tokenizer, TASK, " "), 3), False
+    evaluator, told_apart = Evaluator(model, tokenizer, TASK, " "), False
     for seed in range(6):
-        found = protocol(run, TASK.labels(), seeds=(seed,), rates=(0.05,))
-        zsl, icl, ft = [run[3] for run in found]
+        zsl, icl, ft = (
+            run_scores(evaluator, setting, seed, 0.05, 3).argmax(1)
+            for setting in ("ZSL", "ICL", "FT")
+        )
         lessons = TASK.sample(3, seed)
         np.testing.assert_array_equal(zsl, predict([]))
         np.testing.assert_array_equal(icl, predict(lessons))
@@ -105,54 +85,10 @@ def test_a_blank_reaches_prompt_and_score(model, tokenizer, tmp_path):
     np.testing.assert_allclose(recording.scores, three.score(), atol=1e-5)
 
 
-def test_a_digit_for_every_label():
-    for n in (2, 10, 11, 36):
-        columns = encode_predictions(np.eye(n))
-        assert [int(digit, 36) for digit in columns["predictions"]] == [*range(n)]
-        assert len(columns["calibrated"]) == n
-    assert encode_predictions(None)["predictions"] == ""
-    with pytest.raises(ValueError, match="37"):
-        encode_predictions(np.eye(37))
-
-
-def accuracy_of(rate):
-    """One peak on the grid, at the rate of index 22."""
-    return 100 - abs(LEARNING_RATES.index(rate) - 22)
-
-
-@pytest.mark.parametrize("stride", [1, 4, 8])
-def test_search_from_coarse_to_fine_finds_a_single_peak(stride):
-    labels, tried = np.ones(100), []
-
-    def run(setting, seed, rate):
-        tried.append((setting, seed, rate))
-        hits = accuracy_of(rate) if setting == "FT" else seed
-        return (np.arange(100) < hits).astype(int)
-
-    found = list(protocol(run, labels, stride=stride))
-    assert [run[:3] for run in found] == tried
-    assert len(set(tried)) == len(tried)
-    assert {r for s, seed, r in tried if (s, seed) == ("FT", 1)} == {LEARNING_RATES[22]}
-    rates = [r for s, seed, r in tried if (s, seed) == ("FT", 7)]
-    assert len(rates) == {1: 36, 4: 9 + 2 + 2, 8: 5 + 2 + 2 + 2}[stride]
-
-
-def test_search_stops_at_the_ends_of_the_grid():
-    def run(setting, seed, rate):
-        return np.array([rate <= LEARNING_RATES[0]], int)
-
-    found = protocol(run, np.ones(1), seeds=(1,), stride=4)
-    rates = [run[2] for run in found if run[0] == "FT"]
-    assert sorted(rates)[:3] == list(LEARNING_RATES[:3])
-    assert len(rates) == 9 + 2
-
-
 def test_divergence_is_a_run_without_predictions(model, tokenizer):
-    run = make_predictor(Evaluator(model, tokenizer, TASK, " "), 3)
-    found = protocol(run, TASK.labels(), seeds=(1,), rates=(math.inf, 0.01))
-    *_, diverged, fine = [run[3] for run in found]
-    assert diverged is None
-    assert fine is not None
+    evaluator = Evaluator(model, tokenizer, TASK, " ")
+    assert run_scores(evaluator, "FT", 1, math.inf, 3) is None
+    assert run_scores(evaluator, "FT", 1, 0.01, 3) is not None
 
 
 def recorded(*asked, folder, **options):

@@ -1,6 +1,5 @@
 """Softmax attention is one gradient step of a kernel model; its streaming form."""
 
-import itertools
 import math
 from inspect import unwrap
 
@@ -11,16 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icl.kernels import (
-    balance,
     contrastive_loss,
-    gaussian_projection,
     gram_features,
     initial_weight,
-    kernel_variance,
-    log_features,
     normaliser,
     streaming_attention,
-    taylor_features,
 )
 
 F32, F64 = torch.float32, torch.float64
@@ -36,6 +30,11 @@ def vectors(g, *size, norm=None, dtype=F64):
     if norm is not None:
         x = norm * x / x.norm(dim=-1, keepdim=True)
     return x.to(dtype)
+
+
+def log_features(x, W):
+    """Logarithms of positive random features, but for their number."""
+    return x @ W.mT - x.square().sum(-1, keepdim=True) / 2
 
 
 def softmax_attention(q, k, v):
@@ -95,16 +94,13 @@ def test_one_step_is_softmax_attention(seed, N, own, d, d_o, norm, eta, dtype):
     N=st.integers(1, 12),
     own=st.integers(0, 3),
     d_r=st.integers(1, 40),
-    hyperbolic=st.booleans(),
     eta=st.floats(1e-3, 1e3),
 )
-def test_one_step_is_kernel_attention_for_any_features(
-    seed, N, own, d_r, hyperbolic, eta
-):
+def test_one_step_is_kernel_attention_for_any_features(seed, N, own, d_r, eta):
     g = generator(seed)
     z, v = vectors(g, N + own + 1, 5), vectors(g, N + own, 3)
-    W = gaussian_projection(d_r, 5, generator=g, dtype=F64)
-    phi = log_features(z, W, hyperbolic).exp()
+    W = vectors(g, d_r, 5)
+    phi = log_features(z, W).exp()
     _, got = dual_step(phi[:N], v[:N], phi[N:-1], v[N:], phi[-1], eta)
     weights = [float(f @ phi[-1]) for f in phi[:-1]]
     want = sum(w * row.numpy() for w, row in zip(weights, v, strict=True))
@@ -221,117 +217,12 @@ def test_gram_features_name_the_norm_that_overflows(dtype):
             gram_features(z)
 
 
-@settings(deadline=None, max_examples=40)
-@given(seed=SEEDS, d=st.integers(1, 6), degree=st.integers(0, 6))
-def test_taylor_features(seed, d, degree):
-    x, y = vectors(generator(seed), 2, 3, d)
-    phi_x, phi_y = taylor_features(x, degree), taylor_features(y, degree)
-    assert phi_x.shape == (3, math.comb(d + degree, degree))
-    for i, j in itertools.product(range(3), repeat=2):
-        t = float(np.dot(x[i].numpy(), y[j].numpy()))
-        want = sum(t**m / math.factorial(m) for m in range(degree + 1))
-        size = math.exp(float(x[i].norm() * y[j].norm()))
-        assert abs(float(phi_x[i] @ phi_y[j]) - want) <= 1e-13 * size
-
-
-@pytest.mark.parametrize("hyperbolic", [False, True])
-@pytest.mark.parametrize("orthogonal", [False, True])
-def test_random_features_are_unbiased(hyperbolic, orthogonal):
-    """20,000 draws of four rows each, which are orthogonal to each other or not."""
-    g, n = generator(3), 20_000
-    x, y = vectors(g, 2, 4, norm=0.7)
-    W = gaussian_projection(n * 4, 4, orthogonal, g, F64)
-    a, b = log_features(torch.stack([x, y]), W, hyperbolic).exp()
-    draws = n * (a * b).reshape(-1, n, 4).sum((0, 2)).numpy()
-    error = np.std(draws) / n**0.5
-    assert abs(np.mean(draws) - math.exp(float(x @ y))) < 4 * error
-    closed = float(kernel_variance(x, y, 8 if hyperbolic else 4, hyperbolic))
-    spread = np.var(np.square(draws - np.mean(draws))) ** 0.5 / n**0.5
-    if orthogonal:
-        assert np.var(draws) < closed - 4 * spread
-    else:
-        assert abs(np.var(draws) - closed) < 4 * spread
-
-
-@settings(deadline=None, max_examples=30)
-@given(seed=SEEDS, norm=st.floats(0.01, 1.2), hyperbolic=st.booleans())
-def test_variance_by_quadrature(seed, norm, hyperbolic):
-    """The estimate depends on ``w`` through ``wᵀ(x+y)`` alone: one integral."""
-    x, y = vectors(generator(seed), 2, 3, norm=norm)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
-    weights = weights / weights.sum()
-    size = float((x + y).norm())
-    shape = np.cosh(size * nodes) if hyperbolic else np.exp(size * nodes)
-    estimate = shape * math.exp(-float(x @ x + y @ y) / 2)
-    mean = weights @ estimate
-    assert mean == pytest.approx(math.exp(float(x @ y)), rel=1e-9)
-    variance = weights @ (estimate - mean) ** 2
-    d_r = 2 if hyperbolic else 1  # the features of one row
-    want = float(kernel_variance(x, y, d_r, hyperbolic))
-    assert variance == pytest.approx(want, rel=1e-8, abs=1e-12)
-
-
-@pytest.mark.parametrize("d_r", [1, 5, 8, 19])
-def test_orthogonal_projection(d_r):
-    g = generator(d_r)
-    W = gaussian_projection(d_r, 8, orthogonal=True, generator=g, dtype=F64)
-    assert W.shape == (d_r, 8)
-    for block in W.split(8):
-        gram = (block @ block.T).numpy()
-        np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-12)
-
-
-def test_rows_of_an_orthogonal_projection_are_normal():
-    many = gaussian_projection(40000, 8, True, generator(1), F64).numpy()
-    n = len(many)
-    np.testing.assert_allclose(many.mean(0), 0, atol=5 / n**0.5)
-    np.testing.assert_allclose(many.T @ many / n, np.eye(8), atol=8 / n**0.5)
-    # chi-squared with 8 degrees of freedom: mean 8, variance 16
-    squares = np.square(many).sum(1)
-    assert squares.mean() == pytest.approx(8, abs=20 / n**0.5)
-    assert squares.var() == pytest.approx(16, rel=0.06)
-
-
-@settings(deadline=None, max_examples=40)
-@given(seed=SEEDS, T=st.integers(1, 30), d=st.integers(1, 6), far=st.floats(0, 30))
-def test_balanced_heads_attend_alike(seed, T, d, far):
-    g = generator(seed)
-    q, k, v = 0.3 * vectors(g, 2, T, d), vectors(g, 2, T, d), vectors(g, 2, T, 3)
-    k = k * torch.linspace(0.2, 3, d, dtype=F64) + far  # a shift no softmax sees
-    b_q, b_k = balance(q, k)
-    for n, t in itertools.product(range(2), (0, T - 1)):
-        want = softmax_attention(q[n, t], k[n], v[n])
-        got = softmax_attention(b_q[n, t], b_k[n], v[n])
-        np.testing.assert_allclose(got, want, atol=1e-9)
-    before = (q + k).square().sum(-1).mean()
-    assert (b_q + b_k).square().sum(-1).mean() <= before * 1.02
-
-
-def test_balance_reaches_the_nuclear_norm():
-    """No linear map A makes E|Aq|² + E|A⁻ᵀk|² smaller than 2 ‖Cq^½ Ck^½‖_*."""
-    g = generator(8)
-    q, k = vectors(g, 200, 3), vectors(g, 200, 3) @ vectors(g, 3, 3)
-    q, k = q - q.mean(0), k - k.mean(0)
-    b_q, b_k = balance(q, k)
-    got = float(b_q.square().sum(-1).mean() + b_k.square().sum(-1).mean())
-    C_q, C_k = (t.numpy().T @ t.numpy() / 200 for t in (q, k))
-    products = np.linalg.eigvals(C_q @ C_k)
-    assert got == pytest.approx(2 * np.sqrt(products.real).sum(), rel=2e-2)
-    for _ in range(20):
-        A = np.eye(3) + 0.3 * vectors(g, 3, 3).numpy()
-        other = np.square(q.numpy() @ A.T).sum(1).mean()
-        other += np.square(k.numpy() @ np.linalg.inv(A)).sum(1).mean()
-        assert got <= other * 1.02
-
-
 # -- streaming ----------------------------------------------------------------
 
 
-def quadratic(q, k, v, W, hyperbolic=False):
+def quadratic(q, k, v, W):
     """The causal formula term by term, by log-sum-exp in NumPy: one stream."""
     q, k, v, W = (t.detach().double().numpy() for t in (q, k, v, W))
-    if hyperbolic:
-        W = np.concatenate([W, -W])
     a = k @ W.T - np.square(k).sum(1, keepdims=True) / 2
     b = q @ W.T  # what depends on the query alone cancels
     out = []
@@ -349,7 +240,6 @@ STREAMS = dict(
     chunk=st.integers(1, 50),
     d=st.integers(1, 8),
     d_r=st.integers(1, 30),
-    hyperbolic=st.booleans(),
 )
 
 
@@ -359,32 +249,32 @@ STREAMS = dict(
     norm=st.sampled_from([1e-4, 1.0, 5.0, 50.0]),
     dtype=st.sampled_from([F32, F64]),
 )
-def test_streaming(seed, batch, T, chunk, d, d_r, hyperbolic, norm, dtype):
+def test_streaming(seed, batch, T, chunk, d, d_r, norm, dtype):
     g = generator(seed)
     q, k = vectors(g, 2, *batch, T, d, norm=norm, dtype=dtype)
     v = vectors(g, *batch, T, 3, dtype=dtype)
-    W = gaussian_projection(d_r, d, generator=g, dtype=F64)
-    got = streaming_attention(q, k, v, W, hyperbolic, chunk)
+    W = vectors(g, d_r, d)
+    got = streaming_attention(q, k, v, W, chunk)
     assert got.dtype == dtype
     assert got.shape == v.shape
     flat = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v, got))
     tolerance = 1e-6 if dtype == F32 else 1e-11
     for q_1, k_1, v_1, got_1 in zip(*flat, strict=True):
-        want = quadratic(q_1, k_1, v_1, W, hyperbolic)
+        want = quadratic(q_1, k_1, v_1, W)
         np.testing.assert_allclose(got_1, want, atol=10 * tolerance, rtol=tolerance)
 
 
 @settings(deadline=None, max_examples=30)
 @given(**STREAMS, norm=st.sampled_from([0.1, 1.0, 4.0]))
-def test_gradients_of_streaming(seed, batch, T, chunk, d, d_r, hyperbolic, norm):
+def test_gradients_of_streaming(seed, batch, T, chunk, d, d_r, norm):
     g = generator(seed)
     q, k = vectors(g, 2, *batch, T, d, norm=norm)
     v, up = vectors(g, 2, *batch, T, 3)
-    W = gaussian_projection(d_r, d, generator=g, dtype=F64)
+    W = vectors(g, d_r, d)
     inputs = [t.clone().requires_grad_(True) for t in (q, k, v)]
-    streamed = streaming_attention(*inputs, W, hyperbolic, chunk)
+    streamed = streaming_attention(*inputs, W, chunk)
     got = torch.autograd.grad((streamed * up).sum(), inputs)
-    phi_q, phi_k = (log_features(x, W, hyperbolic) for x in inputs[:2])
+    phi_q, phi_k = (log_features(x, W) for x in inputs[:2])
     scores = (phi_q[..., :, None, :] + phi_k[..., None, :, :]).logsumexp(-1)
     ahead = torch.ones(T, T, dtype=torch.bool).triu(1)
     output = scores.masked_fill(ahead, -math.inf).softmax(-1) @ inputs[2]
@@ -398,7 +288,7 @@ def test_gradients_of_streaming(seed, batch, T, chunk, d, d_r, hyperbolic, norm)
 def test_streaming_is_causal(seed, T, t, chunk):
     g = generator(seed)
     q, k, v = vectors(g, 3, T, 4)
-    W = gaussian_projection(9, 4, generator=g, dtype=F64)
+    W = vectors(g, 9, 4)
     before = streaming_attention(q, k, v, W, chunk=chunk)[:t]
     for x in (q, k, v):
         x[t:] = 3 * x[t:] + 1
@@ -415,7 +305,7 @@ def test_streaming_approaches_softmax():
     )[0]
     errors = []
     for d_r in (100, 20_000):
-        W = gaussian_projection(d_r, 8, generator=g, dtype=F64)
+        W = vectors(g, d_r, 8)
         errors.append(float((streaming_attention(q, k, v, W) - want).abs().mean()))
     assert errors[1] < 0.006
     assert 7 < errors[0] / errors[1] < 28  # √200 is 14
@@ -428,7 +318,7 @@ def test_streaming_with_keys_of_very_unequal_norms(chunk, order):
     norms = torch.tensor([60.0, 0.1, 30.0, 5.0][::order] * 5, dtype=F64)[:, None]
     k = norms * vectors(g, 20, 6, norm=1.0)  # some first sums are e^-1800 of the last
     q, v = vectors(g, 2, 20, 6)
-    W = gaussian_projection(16, 6, generator=g, dtype=F64)
+    W = vectors(g, 16, 6)
     got = streaming_attention(q, k, v, W, chunk=chunk)
     np.testing.assert_allclose(got, quadratic(q, k, v, W), atol=1e-10)
 
@@ -437,7 +327,7 @@ def test_streaming_with_keys_of_very_unequal_norms(chunk, order):
 @pytest.mark.parametrize("which", [0, 1])
 def test_streaming_refuses_norms_beyond_the_range(which, bad):
     g = generator(0)
-    W = gaussian_projection(8, 2, generator=g, dtype=F64)
+    W = vectors(g, 8, 2)
     for token in (0,) if bad == 1e160 and which else (0, 1, 3):
         inputs = vectors(g, 3, 4, 2)
         inputs[which][token, 0] = bad  # later keys may be so long that they vanish
@@ -457,7 +347,7 @@ def test_streaming_refuses_other_numbers_of_tokens():
 def test_the_dual_model_refuses():
     g = generator(0)
     k, v = vectors(g, 2, 5, 4)
-    phi = log_features(k, gaussian_projection(7, 4, generator=g, dtype=F64)).exp()
+    phi = log_features(k, vectors(g, 7, 4)).exp()
     W = v.mT @ phi
     with pytest.raises(ValueError, match="1"):  # would broadcast
         unwrap(contrastive_loss)(W, v[:1], phi, 1.0, 1.0)
@@ -465,8 +355,6 @@ def test_the_dual_model_refuses():
         with pytest.raises(ValueError, match=f"{eta}"):
             contrastive_loss(W, v, phi, 1.0, eta)
     with pytest.raises(ValueError, match="D must be positive and finite, not -"):
-        normaliser(taylor_features(k[:1], 1), taylor_features(-9 * k[0], 1))
+        normaliser(phi, -phi[0])
     with pytest.raises(ValueError, match="inf"):
         normaliser(1e200 * phi, 1e200 * phi[0])
-    with pytest.raises(ValueError, match="non-negative"):
-        taylor_features(k, -1)

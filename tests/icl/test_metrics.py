@@ -21,12 +21,10 @@ from icl.metrics import (
     kendall,
     kendall_of_examples,
     mean_interval,
-    overlap_cosine,
     rec2ftp,
     simam,
     simam_delta,
     simaou,
-    token_overlap,
     top_recall,
     training_attention,
     within_tasks_interval,
@@ -179,20 +177,6 @@ def test_calibration_takes_out_a_bias_for_a_word():
     bias = np.array([5.0, -2.0, 0.3])
     np.testing.assert_allclose(calibrated(scores + bias), calibrated(scores))
     np.testing.assert_allclose(calibrated(scores).mean(0), 0, atol=1e-12)
-
-
-def test_next_tokens_by_hand():
-    a, b = [[1, 2, 3], [1, 2, 3]], [[3, 9, 1], [7, 8, 9]]
-    assert token_overlap(a, b).tolist() == [2 / 3, 0]
-    p, q = [[0.5, 0.2, 0.1], [0.5, 0.2, 0.1]], [[0.6, 0.3, 0.1], [0.6, 0.3, 0.1]]
-    # tokens 1 (0.5 and 0.1) and 3 (0.1 and 0.6) are shared
-    cosine = (0.5 * 0.1 + 0.1 * 0.6) / math.sqrt(0.30 * 0.46)
-    assert overlap_cosine(a, p, b, q) == pytest.approx([cosine, 0])
-    assert overlap_cosine(a, p, a, p) == pytest.approx([1, 1])
-    with pytest.raises(ValueError, match="twice"):
-        token_overlap(a, [[1, 2, 3], [7, 8, 7]])
-    with pytest.raises(ValueError, match="2, 3"):
-        token_overlap(a, [[1, 2]])
 
 
 def test_rec2ftp_by_hand():
