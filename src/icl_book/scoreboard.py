@@ -80,8 +80,9 @@ def over(row: dict) -> str:
     if row["side"] == "checked":
         return ""
     first, *rest = re.split("(?=,)", row["unit"])
-    plural = " × ".join(f"{unit}s" for unit in first.split(" × "))
-    return f"{row['count']} {plural}{''.join(rest)}".replace("querys", "queries")
+    many = {"query": "queries"}
+    plural = " × ".join(many.get(unit, f"{unit}s") for unit in first.split(" × "))
+    return f"{row['count']} {plural}{''.join(rest)}"
 
 
 def distance(row: dict, value: float) -> float:
