@@ -25,8 +25,8 @@ class _Numbers(NamedTuple):
     high: float
 
 
-#: What an interval can be over: what was drawn anew, each independently of the others.
-#: Draws are of demonstrations, problems those of a regression, runs a training each.
+#: Units of an interval, drawn anew and each independently of the others. Draws are of
+#: demonstrations, problems those of a regression.
 UNITS = ("task", "draw", "query", "draw × query", "draw, within tasks", "seed")
 UNITS += ("problem", "head", "step")
 

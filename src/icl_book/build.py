@@ -149,11 +149,12 @@ def _assemble(records, scale, folder):
         nbformat.write(page, source / "book" / f"{name}.ipynb")
     cards = judge(read_claims(ROOT / "book" / "claims.toml"), found)
     pages = [ROOT / "README.md", *(ROOT / "book").glob("*.md")]
+    pages = [path for path in pages if path.is_file()]
     check_numbers(cards, {path.name: path.read_text("utf-8") for path in pages})
     (source / "book" / "claims.md").write_text(markdown(cards), encoding="utf-8")
     picture(cards, source / "book" / "verdicts.svg")
     rows = pd.DataFrame(row for card in cards for row in card["found"])
-    rows = rows.drop(columns="published").round(6)
+    rows = rows.drop(columns="published", errors="ignore").round(6)
     rows.to_csv(source / "book" / "findings.csv", index=False)
     data = json.dumps(cards, indent=1, ensure_ascii=False)
     (source / "book" / "findings.json").write_text(data, encoding="utf-8")

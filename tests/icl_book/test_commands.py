@@ -110,8 +110,8 @@ def test_two_builds_at_once_and_pages_in_another_folder(root):
         shutil.copytree(ROOT / "book" / "_static", root / "book" / "_static")
         for name in ("references.bib", "404.html", "verdicts.svg"):
             shutil.copy(ROOT / "book" / name, root / "book" / name)
-        claim = ["number = 1", *(f'{name} = "a"' for name in ("short", "claim"))]
-        claim += ['source = "a"', 'untested = "of no chapter"']
+        named = ("short", "claim", "source", "change", "untested")
+        claim = ["number = 1", 'kind = "algebra"', *(f'{n} = "a"' for n in named)]
         lines = "\n".join(["[[claim]]", *claim])
         (root / "book" / "claims.toml").write_text(lines)
         pages = Path(other) / "pages"
