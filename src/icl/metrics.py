@@ -28,7 +28,7 @@ class _Numbers(NamedTuple):
 #: Units of an interval, drawn anew and each independently of the others. Draws are of
 #: demonstrations, problems those of a regression.
 UNITS = ("task", "draw", "query", "draw × query", "draw, within tasks", "seed")
-UNITS += ("problem", "head", "step")
+UNITS += ("problem",)
 
 
 class Interval(_Numbers):

@@ -206,6 +206,7 @@ def finding(
         row |= {"mean": mean, "low": low, "high": high, "bar": float(bar)}
         row |= {"unit": interval.unit, "count": interval.count, "error": interval.error}
         row |= {"freedom": min(interval.freedom, 1e9), "here": f"{interval:{form}}"}
+        row["detectable"] = interval.detectable
     _findings.append(row)
     glue(statement, row, display=False)
 
