@@ -70,7 +70,7 @@ class Interval(_Numbers):
     def detectable(self) -> float:
         """The least distance from a bar that four of five such samples would detect."""
         t = scipy.stats.t(self.freedom)
-        return (t.ppf((1 + 0.95) / 2) + t.ppf(0.8)) * self.error
+        return float((t.ppf((1 + 0.95) / 2) + t.ppf(0.8)) * self.error)
 
     def __format__(self, form: str) -> str:
         mean, low, high = (format(number, form or "+.3f") for number in self)

@@ -1,5 +1,6 @@
 """The scoreboard: verdicts follow from intervals by rules that were declared."""
 
+import ast
 import math
 
 import numpy as np
@@ -29,6 +30,7 @@ def interval(mean, low, high, unit="seed"):
 def test_a_finding_says_what_was_asked_and_over_what(glued):
     page.finding(4, "s", mean_interval([1, 2, 3], "task"), above=0.5, on="a model")
     (row,) = glued
+    assert ast.literal_eval(repr(row)) == row  # as the build reads it
     assert scoreboard.asked(row) == "above 0.5"
     assert scoreboard.over(row) == "3 tasks"
     assert row["here"] == "+2.000 [-0.484, +4.484]"
