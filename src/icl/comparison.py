@@ -17,13 +17,11 @@ from icl.activations import (
 )
 from icl.finetuning import applied_update, kv_sgd
 from icl.scoring import score
-from icl.tasks import PAPER_TASKS, Task, prompt_prefix, token_counts
+from icl.tasks import PAPER_TASKS, Task, prompt_prefix, token_starts
 
 SEEDS = tuple(range(1, 8))
 #: How many demonstrations a task has, 32 or what the paper's models can hold.
 DEMONSTRATIONS = dict.fromkeys(PAPER_TASKS, 32) | {"agnews": 22, "cb": 19}
-#: Ends of a demonstration, a line break or as in the original code.
-SEPARATORS = {"newline": "\n", "eos": "eos"}
 _TOP = 100  # tokens that top recall counts, or all if there are fewer
 LEARNING_RATES = tuple(m * s / 1e4 for s in (1, 10, 100, 1000) for m in range(1, 10))
 
@@ -35,19 +33,18 @@ class Evaluator:
     Attributes:
         model, tokenizer: from :func:`icl.models.load_model`.
         task: what is asked.
-        separator: see :func:`icl.tasks.prompt_prefix`.
+        layout: see :func:`icl.tasks.prompt_prefix`.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     task: Task
-    separator: str = "\n"
+    layout: str = "newline"
 
     def prefix(self, examples=()) -> str:
         """What stands before a query; demonstrations that do not fit are refused."""
         context = getattr(self.model.config, "max_position_embeddings", None)
-        layout = self.tokenizer, self.separator, context
-        return prompt_prefix(self.task, examples, *layout)
+        return prompt_prefix(self.task, examples, self.tokenizer, self.layout, context)
 
     def score(self, examples=()) -> Float[np.ndarray, "N C"]:
         """:func:`icl.scoring.score` behind demonstrations."""
@@ -66,20 +63,16 @@ class Evaluator:
     def finetune(self, examples, learning_rate, **options):
         """:func:`finetune_with_queries` on demonstrations, in their order.
 
-        Of the attention queries, those of the examples' own tokens: not of the
-        token that a layout puts at the front.
+        Of the attention queries, those of the examples' own tokens: not of what a
+        layout puts at the front.
         """
         alone = self.prefix()
         texts = [alone + self.task.demonstration(e) for e in examples]
         update, queries = finetune_with_queries(
             self.model, self.tokenizer, texts, learning_rate, **options
         )
-        if not alone:
-            return update, queries
-        (front,) = token_counts(self.tokenizer, [alone])
-        counts = token_counts(self.tokenizer, texts)
-        own = np.concatenate([np.arange(n) >= front for n in counts])
-        return update, queries[own]
+        own = [token_starts(self.tokenizer, text) >= len(alone) for text in texts]
+        return update, queries[np.concatenate(own)]
 
     def _prompts(self):
         queries = [self.task.query(example) for example in self.task.evaluation]
@@ -148,7 +141,7 @@ def similarities(
     }
     if training_queries is None:
         return found
-    owner = np.asarray(owner)
+    owner = np.asarray(owner)[: icl.demonstrations.shape[-1]]
     kept = owner >= 0
     if kept.sum() != len(training_queries):
         raise ValueError(

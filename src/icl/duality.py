@@ -67,9 +67,9 @@ def subspace_overlap(
 
 
 def encode_prompt(task, demonstrations, tokenizer, context=None) -> list[int]:
-    """Token ids of an opening line break and :func:`icl.tasks.prompt_prefix`."""
-    prefix = prompt_prefix(task, demonstrations, tokenizer, "\n", context)
-    return tokenizer("\n" + prefix, add_special_tokens=False)["input_ids"]
+    """Token ids of :func:`icl.tasks.prompt_prefix`."""
+    prefix = prompt_prefix(task, demonstrations, tokenizer, context=context)
+    return tokenizer(prefix, add_special_tokens=False)["input_ids"]
 
 
 def approximations(

@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 PACK_TOKENS = 384  # tokens in a row on a CPU: attention grows with its square
 _PACK_TOKENS_CUDA = 2048  # on a GPU, which a short row does not fill
 _ATTENTION = {DynamicLayer, DynamicSlidingWindowLayer}  # layers that obey a mask
+_ENCODED = 256  # prompts at once: all would take gigabytes
 TRUNK = -1  # the branch of a query's own tokens
 
 
@@ -48,8 +49,8 @@ def score(
         label_words: bare words; ``blank + word`` is scored, as the mean over its
             tokens of the log-probability over the full vocabulary
             (Dai et al. 2023, as their code does it).
-        demonstrations: text before every query (:func:`icl.tasks.prompt_prefix`),
-            encoded by itself, without tokens that the tokenizer would add.
+        demonstrations: text before every query (:func:`icl.tasks.prompt_prefix`). A
+            prompt is encoded as one text, without tokens that the tokenizer would add.
         blank: text between query and label word; default a blank.
 
     Returns:
@@ -372,18 +373,49 @@ def encode(tokenizer, what: str, texts) -> list[list[int]]:
 
 
 def _encode(tokenizer, queries, label_words, demonstrations, blank):
-    queries = encode(tokenizer, "query", queries)
+    """Token ids of the demonstrations, of each query and of each label.
+
+    A prompt is one text to the tokenizer. What is the demonstrations' are the tokens
+    that they have by themselves and in every prompt; what is the label's follows the
+    prompt's tokens, as in the lm-evaluation-harness.
+    """
+    queries = queries if isinstance(queries, str | None) else [*queries]
+    encode(tokenizer, "query", queries)  # neither is empty by itself
     encode(tokenizer, "label word", label_words)
-    labels = encode(tokenizer, "label word", [blank + word for word in label_words])
-    for n, ids in enumerate(labels):
-        if ids in labels[:n]:
+    shown = tokenizer(demonstrations, add_special_tokens=False)["input_ids"]
+    common, parts = len(shown), []
+    for start in range(0, len(queries), _ENCODED):
+        chunk = [demonstrations + query for query in queries[start:][:_ENCODED]]
+        for ids in encode(tokenizer, "prompt", chunk):
+            same = _common(shown, ids[:-1])
+            common = min(common, same)
+            parts.append((same, ids[same:]))
+    prompt = demonstrations + queries[0]
+    before = shown[: parts[0][0]] + parts[0][1]
+    answers = encode(tokenizer, "prompt", [prompt + blank + w for w in label_words])
+    labels = []
+    for word, ids in zip(label_words, answers, strict=True):
+        label = ids[len(before) :]
+        if ids[: len(before)] != before or not label:
             raise ValueError(
-                f"label words {label_words[labels.index(ids)]!r} and "
-                f"{label_words[n]!r} are the same tokens, "
-                f"{tokenizer.convert_ids_to_tokens(ids)}; choose words that differ"
+                f"the tokenizer merges the label word {word!r} with the end of the "
+                f"query {prompt[-20:]!r}; let a blank stand between them"
             )
-    shown = encode(tokenizer, "prefix", [demonstrations]) if demonstrations else [[]]
-    return shown[0], queries, labels
+        if label in labels:
+            other = label_words[labels.index(label)]
+            raise ValueError(
+                f"label words {other!r} and {word!r} are the same tokens, "
+                f"{tokenizer.convert_ids_to_tokens(label)}; choose words that differ"
+            )
+        labels.append(label)
+    queries = [shown[common:same] + ids for same, ids in parts]
+    return shown[:common], queries, labels
+
+
+def _common(one, two):
+    """How many tokens two lists begin with in common."""
+    differ = (n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+    return next(differ, min(len(one), len(two)))
 
 
 def context_length(config) -> int | None:

@@ -128,72 +128,103 @@ def _problem(example, template, n_labels):
     return None
 
 
+#: Text before all examples, and after each: a line break behind what the tokenizer
+#: puts before a text; the same without anything before it; the original code's tokens.
+LAYOUTS = ("newline", "bare", "eos")
+
+
 def prompt_prefix(
-    task: Task, demonstrations, tokenizer, separator="\n", context=None
+    task: Task, demonstrations, tokenizer, layout="newline", context=None
 ) -> str:
-    """All that stands before a query: demonstrations, each with its separator.
+    """All that stands before a query: an opening and demonstrations.
 
     Args:
         task, tokenizer: of the template, and of the special tokens.
         demonstrations: examples, in prompt order; may be empty.
-        separator: text after each demonstration; default a line break. ``"eos"`` is
-            the layout of the original code: the tokenizer's beginning-of-text token
-            first, its end-of-text token after each demonstration.
+        layout: ``"newline"``: a line break first, behind the beginning-of-text token
+            if the tokenizer puts one before a text, and a line break after each
+            demonstration; ``"bare"``: without the opening; ``"eos"``, as in the
+            original code: the beginning-of-text token first, the end-of-text token
+            after each demonstration.
         context: how many tokens the model can take; by default nothing is checked.
 
     Raises:
-        ValueError: the demonstrations and the longest query do not fit into
-            ``context``; the message says how many demonstrations do.
+        ValueError: an unknown layout, or one that needs a token which the tokenizer
+            does not have; the demonstrations and the longest query do not fit into
+            ``context``, and the message says how many demonstrations do.
     """
-    start, after = "", separator
-    if separator == "eos":
-        start, after = tokenizer.bos_token or "", tokenizer.eos_token
+    start, after = _layout(tokenizer, layout)
     pieces = [task.demonstration(example) + after for example in demonstrations]
     if context is not None:
-        queries = [task.query(example) for example in task.evaluation]
+        queries = [start + task.query(example) for example in task.evaluation]
         words = [task.blank + word for word in task.label_words]
-        room = context - sum(token_counts(tokenizer, [start]))
+        room = context - max(token_counts(tokenizer, words))
         room -= max(token_counts(tokenizer, queries))
-        room -= max(token_counts(tokenizer, words))
-        used = np.cumsum([0, *token_counts(tokenizer, pieces)])
-        if used[-1] > room:
+        room += sum(token_counts(tokenizer, [start]))
+
+        def used(n):
+            return token_counts(tokenizer, [start + "".join(pieces[:n])])[0]
+
+        if used(len(pieces)) > room:
+            fit = next(n for n in range(len(pieces))[::-1] if not n or used(n) <= room)
             raise ValueError(
-                f"{len(pieces)} demonstrations of {task.name} take {used[-1]} tokens, "
-                f"but beside the longest query the model's {context} leave "
-                f"{room}: {int((used[1:] <= room).sum())} demonstrations fit"
+                f"{len(pieces)} demonstrations of {task.name} take "
+                f"{used(len(pieces))} tokens, but beside the longest query the "
+                f"model's {context} leave {room}: {fit} demonstrations fit"
             )
     return start + "".join(pieces)
 
 
-def demonstration_of_tokens(
-    task: Task, demonstrations, tokenizer, separator="\n"
-) -> Int[np.ndarray, " P"]:
-    """Which demonstration each token of :func:`prompt_prefix` belongs to.
+def _layout(tokenizer, layout):
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    first, last = tokenizer.bos_token, tokenizer.eos_token
+    if layout == "eos":
+        if last is None:
+            raise ValueError(
+                "the tokenizer has no end-of-text token, which the layout 'eos' puts "
+                "after each demonstration; choose 'newline'"
+            )
+        return first or "", last
+    if layout == "bare":
+        return "", "\n"
+    puts = first and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return (first if puts else "") + "\n", "\n"
 
-    Returns:
-        0 for tokens of the first demonstration and so on, -1 for separators and
-        the token at the front.
+
+def token_starts(tokenizer, text: str) -> Int[np.ndarray, " T"]:
+    """The character of the text with which each of its tokens begins.
 
     Raises:
-        ValueError: the tokenizer merges a demonstration with its separator, so
-            that its tokens are not those it has by itself.
+        ValueError: the tokenizer does not say.
     """
-    whole = prompt_prefix(task, demonstrations, tokenizer, separator)
-    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    owner, place = np.full(len(ids), -1), 0
+    if not tokenizer.is_fast:
+        name = type(tokenizer).__name__
+        raise ValueError(f"{name} does not say which characters a token is of")
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    start, end = np.array(spans["offset_mapping"], int).reshape(-1, 2).T
+    return np.where(
+        start < end, start, np.append(0, end)[:-1]
+    )  # spans leave out blanks
+
+
+def demonstration_of_tokens(
+    task: Task, demonstrations, tokenizer, layout="newline"
+) -> Int[np.ndarray, " P"]:
+    """Which demonstration each token of :func:`prompt_prefix` begins in.
+
+    Returns:
+        0 for tokens of the first demonstration and so on, -1 for what stands before,
+        between and after them.
+    """
+    whole, owner = prompt_prefix(task, [], tokenizer, layout), [-1]
+    owner *= len(whole)
+    _, after = _layout(tokenizer, layout)
     for number, example in enumerate(demonstrations):
         text = task.demonstration(example)
-        own = tokenizer(text, add_special_tokens=False)["input_ids"]
-        starts = range(place, len(ids) - len(own) + 1)
-        place = next((i for i in starts if ids[i : i + len(own)] == own), None)
-        if place is None:
-            raise ValueError(
-                f"the tokenizer merges demonstration {number} with the separator "
-                f"{separator!r}; choose a separator that stays a token of its own"
-            )
-        owner[place : place + len(own)] = number
-        place += len(own)
-    return owner
+        owner += [number] * len(text) + [-1] * len(after)
+        whole += text + after
+    return np.array(owner, int)[token_starts(tokenizer, whole)]
 
 
 def token_counts(tokenizer, texts: Sequence[str]) -> list[int]:

@@ -41,10 +41,10 @@ def test_runs_are_what_they_say(model, tokenizer):
     queries = [TASK.query(e) for e in ROWS]
 
     def predict(lessons):
-        before = prompt_prefix(TASK, lessons, tokenizer, " ") if lessons else ""
+        before = prompt_prefix(TASK, lessons, tokenizer)
         return score(model, tokenizer, queries, TASK.label_words, before).argmax(1)
 
-    evaluator, told_apart = Evaluator(model, tokenizer, TASK, " "), False
+    evaluator, told_apart = Evaluator(model, tokenizer, TASK), False
     for seed in range(6):
         zsl, icl, ft = (
             run_scores(evaluator, setting, seed, 0.05, 3).argmax(1)
@@ -62,7 +62,7 @@ def test_runs_are_what_they_say(model, tokenizer):
 
 def test_layer_causal_runs_are_no_plain_ones(model, tokenizer):
     """Through run_scores, against the update computed here; and plain FT differs."""
-    evaluator = Evaluator(model, tokenizer, TASK, " ")
+    evaluator = Evaluator(model, tokenizer, TASK)
     found = {s: run_scores(evaluator, s, 1, 0.05, 3) for s in ("FT", "LCGD")}
     texts = [TASK.demonstration(e) for e in TASK.sample(3, 1)]
     for setting, scores in found.items():
@@ -86,7 +86,7 @@ def test_a_blank_reaches_prompt_and_score(model, tokenizer, tmp_path):
 
 
 def test_divergence_is_a_run_without_predictions(model, tokenizer):
-    evaluator = Evaluator(model, tokenizer, TASK, " ")
+    evaluator = Evaluator(model, tokenizer, TASK)
     assert run_scores(evaluator, "FT", 1, math.inf, 3) is None
     assert run_scores(evaluator, "FT", 1, 0.01, 3) is not None
 

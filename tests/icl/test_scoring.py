@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_model
-from tokenizers import normalizers
+from tokenizers import (
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
 
 from icl import scoring
 from icl.attention import replace_attention
@@ -110,15 +118,54 @@ def test_label_words_that_share_tokens(tokenizer):
         score(model, tokenizer, QUERIES, ["Odd", "good", "Even"])
 
 
-def test_label_words_without_a_blank(tokenizer, monkeypatch):
-    model, seen, encode = tiny_model("llama"), [], scoring.encode
-    monkeypatch.setattr(
-        scoring, "encode", lambda t, w, x: seen.append(x) or encode(t, w, x)
+def marking_tokenizer():
+    """Marks the start of a text, as that of Llama 2 does, and splits words."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=120,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=["\n"],
+        show_progress=False,
     )
-    score(model, tokenizer, QUERIES, ["Positive"], PREFIX)
-    score(model, tokenizer, QUERIES, ["Positive"], PREFIX, blank="")
-    assert [" Positive"] in seen[:4]
-    assert [" Positive"] not in seen[4:]
+    backend.train_from_iterator([PREFIX, *QUERIES, *LABELS] * 3, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+
+
+@pytest.mark.parametrize("blank", [" ", ""])
+@pytest.mark.parametrize("demonstrations", ["\nReview : dull Negative\n", ""])
+def test_a_prompt_is_encoded_as_one_text(demonstrations, blank):
+    """As lm-evaluation-harness cuts it: whole texts, and the label what comes last."""
+    tokenizer, model = marking_tokenizer(), tiny_model("llama", vocab_size=120)
+    queries, words = ["Review : dull Sentiment :", "Review : not :"], LABELS[:2]
+    got = score(model, tokenizer, queries, words, demonstrations, blank)
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for n, query in enumerate(queries):
+        before = encode(demonstrations + query)
+        for c, word in enumerate(words):
+            ids = encode(demonstrations + query + blank + word)
+            assert ids[: len(before)] == before
+            with torch.inference_mode():
+                log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            label = range(len(before), len(ids))
+            want = np.mean([log_p[t - 1, ids[t]].item() for t in label])
+            assert got[n, c] == pytest.approx(want, abs=1e-4)
+    parts = encode(demonstrations) + encode(queries[0])
+    assert (encode(demonstrations + queries[0]) == parts) == (not demonstrations)
+
+
+def test_a_label_that_the_tokenizer_merges_with_its_query():
+    tokenizer = marking_tokenizer()
+    merged = ["Review : d", "Review : du"]  # "dull" is a token
+    with pytest.raises(ValueError, match="merges the label word 'ull' .*'Review : d'"):
+        score(tiny_model("llama", vocab_size=120), tokenizer, merged, ["ull"], blank="")
 
 
 @pytest.mark.parametrize(

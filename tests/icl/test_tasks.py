@@ -8,9 +8,20 @@ import datasets
 import numpy as np
 import pytest
 from conftest import word_tokenizer
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import ByteLevel as ByteLevelProcessor
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from icl import tasks
-from icl.tasks import Task, demonstration_of_tokens, load_task, prompt_prefix
+from icl.tasks import (
+    Task,
+    demonstration_of_tokens,
+    load_task,
+    prompt_prefix,
+    token_starts,
+)
 
 PROMPTS = {
     "sst2": ("Sentence: a b Label:", ["Negative", "Positive"]),
@@ -280,21 +291,43 @@ def test_a_seventh_task():
 def test_prefix_layouts(data):
     task, tokenizer = load_task("mr"), word_tokenizer()
     demonstration = "Review: a b Sentiment: Negative"
-    rows = task.train[:1]
-    assert prompt_prefix(task, rows, tokenizer) == f"{demonstration}\n"
-    assert prompt_prefix(task, rows, tokenizer, "eos") == f"<s>{demonstration}</s>"
-    assert prompt_prefix(task, [], tokenizer) == ""
-    assert prompt_prefix(task, [], tokenizer, "eos") == "<s>"
+    wanted = {
+        "newline": ("\n", f"\n{demonstration}\n"),
+        "bare": ("", f"{demonstration}\n"),
+        "eos": ("<s>", f"<s>{demonstration}</s>"),
+    }
+    for layout, (alone, behind) in wanted.items():
+        assert prompt_prefix(task, [], tokenizer, layout) == alone
+        assert prompt_prefix(task, task.train[:1], tokenizer, layout) == behind
+    assert prompt_prefix(task, [], tokenizer) == "\n"
+    with pytest.raises(ValueError, match="'zz' is not one of newline, bare, eos"):
+        prompt_prefix(task, [], tokenizer, "zz")
+
+
+def test_an_opening_as_the_tokenizer_has_it(data):
+    """Its beginning-of-text token, if it puts one before a text by itself."""
+    task, tokenizer = load_task("mr"), word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    assert prompt_prefix(task, [], tokenizer) == "<s>\n"
+    assert prompt_prefix(task, [], tokenizer, "bare") == ""
+    tokenizer.eos_token = None
+    assert prompt_prefix(task, task.train[:1], tokenizer).startswith("<s>\nReview")
+    with pytest.raises(ValueError, match="no end-of-text token.*'newline'"):
+        prompt_prefix(task, [], tokenizer, "eos")
 
 
 def test_how_many_demonstrations_fit(data):
     task, tokenizer = load_task("mr"), word_tokenizer()
     # 7 tokens a demonstration ("b" is unknown), 6 the query, 1 the label word
     many = [task.train[0]] * 9
-    assert prompt_prefix(task, many, tokenizer, context=6 + 1 + 9 * 7)
-    for room in (62, 56):  # one token short, and exactly eight
-        with pytest.raises(ValueError, match=f"9 .* 63 .* {room}: 8 "):
-            prompt_prefix(task, many, tokenizer, context=6 + 1 + room)
+    for layout, opening in (("bare", 0), ("eos", 1 + 9)):
+        whole = opening + 6 + 1 + 9 * 7
+        assert prompt_prefix(task, many, tokenizer, layout, context=whole)
+    for room, fit in ((62, 8), (56, 8), (55, 7), (6, 0)):  # one token short, exact
+        with pytest.raises(ValueError, match=f"9 .* 63 .* {room}: {fit} "):
+            prompt_prefix(task, many, tokenizer, "bare", context=6 + 1 + room)
 
 
 def test_whose_token_is_it(data):
@@ -303,8 +336,32 @@ def test_whose_token_is_it(data):
     owner = demonstration_of_tokens(task, same, tokenizer, "eos")
     assert owner.tolist() == [-1, *[0] * 7, -1, *[1] * 7, -1]
     assert demonstration_of_tokens(task, [], tokenizer, "eos").tolist() == [-1]
-    with pytest.raises(ValueError, match="demonstration 0 .*'zz'"):
-        demonstration_of_tokens(task, same, tokenizer, "zz")
+    owner = demonstration_of_tokens(task, same, tokenizer)  # drops line breaks
+    assert owner.tolist() == [0] * 7 + [1] * 7
+
+
+@pytest.mark.parametrize("trim", [True, False])
+def test_tokens_of_characters_in_pieces_and_of_blanks(data, trim):
+    """Bytes of one character, and blanks that a token's span leaves out."""
+    backend = Tokenizer(
+        models.BPE({c: n for n, c in enumerate(ByteLevel.alphabet())}, [])
+    )
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.post_processor = ByteLevelProcessor(trim_offsets=trim)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    text = "\né  \U0001f600\n\nab "
+    starts = [n for n, c in enumerate(text) for _ in c.encode()]
+    assert token_starts(tokenizer, text).tolist() == starts
+    task = load_task("mr")
+    examples = [{"text": "é\U0001f600  x", "label": 1}] * 2
+    size = len(task.demonstration(examples[0]).encode())
+    owner = demonstration_of_tokens(task, examples, tokenizer)
+    assert owner.tolist() == [-1, *[0] * size, -1, *[1] * size, -1]
+
+
+def test_a_tokenizer_that_does_not_say_where_its_tokens_are():
+    with pytest.raises(ValueError, match="Slow does not say which characters"):
+        token_starts(type("Slow", (), {"is_fast": False})(), "a")
 
 
 def test_digest_sees_every_part(data):
