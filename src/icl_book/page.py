@@ -261,6 +261,32 @@ def findings() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["claim", *columns]).set_index("claim")
 
 
+def at_best_rate(measure: str, seeds=1, **where) -> tuple[pd.Series, pd.DataFrame]:
+    """What the small language models came to, each arm at its best learning rate.
+
+    The best is that with the least loss on the validation text from seed 0.
+
+    Args:
+        measure: of ``results/language_models.csv``.
+        seeds: the first seed that counts; default 1, since 0 has chosen the rate.
+        where: values of the table's other columns; default rotary models of 1 million
+            weights after 600 steps on Shakespeare.
+
+    Returns:
+        ``(rates, values)``: the rate of each arm; a row a seed, a column an arm.
+    """
+    where = {"corpus": "shakespeare", "positions": "rotary", "size": "1m"} | where
+    rows, _ = read_table("language_models")
+    for column, value in ({"steps": 600} | where).items():
+        rows = rows[rows[column] == value]
+    rows = rows[rows.step == rows.steps]
+    search = rows[(rows.measure == "validation") & (rows.seed == 0)]
+    best = search.sort_values("value").drop_duplicates("arm")[["arm", "rate"]]
+    found = rows[(rows.measure == measure) & (rows.seed >= seeds)].merge(best)
+    values = found.pivot_table("value", "seed", "arm")
+    return best.set_index("arm").rate, values
+
+
 def subplot_grid(count: int):
     """A figure of ``count`` small panels, three a row: ``(figure, axes)``."""
     rows = -(-count // 3)
