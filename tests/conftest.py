@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from jaxtyping import install_import_hook
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 install_import_hook("icl", "beartype.beartype")  # annotations hold at every call
 
@@ -63,6 +63,24 @@ def word_tokenizer():
         pad_token="</s>",
         unk_token="[UNK]",
     )
+
+
+def marking_tokenizer():
+    """Marks the start of a text, as that of Llama 2 does, and splits words."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=120,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=["\n"],
+        show_progress=False,
+    )
+    backend.train_from_iterator([" ".join(WORDS[3:])] * 3, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
 
 
 def tiny_model(family, **changes):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import marking_tokenizer, tiny_model
 
 from icl.activations import capture_qkv, read_recording, record
 from icl.comparison import (
@@ -19,7 +19,7 @@ from icl.comparison import (
 from icl.finetuning import applied_update, kv_sgd
 from icl.metrics import kendall, simam
 from icl.scoring import score
-from icl.tasks import Task, demonstration_of_tokens, prompt_prefix
+from icl.tasks import Task, demonstration_of_tokens, prompt_prefix, token_starts
 
 TEXTS = ["good film", "dull story", "bright actors", "boring plot", "very moving"]
 ROWS = [{"text": t, "label": n % 2} for n, t in enumerate(TEXTS)]
@@ -160,6 +160,28 @@ def test_front_token_of_a_layout_is_no_demonstration(model, tokenizer, tmp_path)
     run = evaluator.record(tmp_path / "run", examples)["prompt"]
     found = similarities(run, run, run, queries, owner)
     assert np.isfinite(found["Kendall"].mean)
+
+
+@pytest.mark.parametrize("layout", ["newline", "eos"])
+def test_both_learners_are_shown_the_same_tokens(layout, tmp_path):
+    """Though the tokenizer marks the start of a text, and so of the first one."""
+    tokenizer = marking_tokenizer()
+    examples, front = TASK.sample(3, 1), prompt_prefix(TASK, [], tokenizer, layout)
+    owner = demonstration_of_tokens(TASK, examples, tokenizer, layout)
+
+    def encode(text):
+        return np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    read = encode(prompt_prefix(TASK, examples, tokenizer, layout))
+    for number, example in enumerate(examples):
+        text = front + TASK.demonstration(example)
+        own = token_starts(tokenizer, text) >= len(front)
+        assert encode(text)[own].tolist() == read[owner == number].tolist()
+    model = tiny_model("llama", vocab_size=120)
+    evaluator = Evaluator(model, tokenizer, TASK, layout)
+    _, queries = evaluator.finetune(examples, 0.05)
+    run = evaluator.record(tmp_path / "run", examples)["prompt"]
+    assert np.isfinite(similarities(run, run, run, queries, owner)["Kendall"].mean)
 
 
 def test_similarities_need_the_same_demonstrations(model, tokenizer, tmp_path):

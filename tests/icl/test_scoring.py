@@ -6,16 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, tiny_model
-from tokenizers import (
-    Tokenizer,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
-from transformers import PreTrainedTokenizerFast
+from conftest import TINY, marking_tokenizer, tiny_model
+from tokenizers import normalizers
 
 from icl import scoring
 from icl.attention import replace_attention
@@ -116,24 +108,6 @@ def test_label_words_that_share_tokens(tokenizer):
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match=r"'Odd' and 'Even'.*\[UNK\]"):
         score(model, tokenizer, QUERIES, ["Odd", "good", "Even"])
-
-
-def marking_tokenizer():
-    """Marks the start of a text, as that of Llama 2 does, and splits words."""
-    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    trainer = trainers.BpeTrainer(
-        vocab_size=120,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=["\n"],
-        show_progress=False,
-    )
-    backend.train_from_iterator([PREFIX, *QUERIES, *LABELS] * 3, trainer)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
 
 
 @pytest.mark.parametrize("blank", [" ", ""])
