@@ -132,10 +132,12 @@ def _assemble(records, scale, folder):
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, source / name)
     executions = [["chapter", "scale", "seconds", "peak memory, GB"]]
-    found = {}
+    found, texts = {}, {}
     for name, record in records.items():
         page = executed_page(chapter_path(name), record["folder"] / NOTEBOOK)
         if name not in chapters():
+            told = [c.source for c in page.cells if c.cell_type == "markdown"]
+            texts[name] = "\n".join(told)
             nbformat.write(page, source / "book" / f"{name}.ipynb")
             continue
         seconds, memory = f"{record['seconds']:.0f}", f"{record['peak_gb']:.1f}"
@@ -150,7 +152,8 @@ def _assemble(records, scale, folder):
     cards = judge(read_claims(ROOT / "book" / "claims.toml"), found)
     pages = [ROOT / "README.md", *(ROOT / "book").glob("*.md")]
     pages = [path for path in pages if path.is_file()]
-    check_numbers(cards, {path.name: path.read_text("utf-8") for path in pages})
+    texts |= {path.name: path.read_text("utf-8") for path in pages}
+    check_numbers(cards, texts)
     (source / "book" / "claims.md").write_text(markdown(cards), encoding="utf-8")
     picture(cards, source / "book" / "verdicts.svg")
     rows = pd.DataFrame(row for card in cards for row in card["found"])
