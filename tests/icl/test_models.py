@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY, tiny_model, word_tokenizer
+from conftest import TINY, tiny_encoder, tiny_model, word_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
@@ -234,6 +234,75 @@ def test_a_padding_token_needs_no_row_in_the_embedding(tmp_path):
     assert load_model(tmp_path)[1].pad_token_id == 38
 
 
+ENCODED = "the film was good"
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_folder_of_an_encoder(family, tmp_path):
+    """Its body is the saved one; its head is new, whatever there was."""
+    original = tiny_encoder(family, labels=2)
+    save(original, tmp_path)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    loaded, tokenizer = load_model(tmp_path, labels=3, device="cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+    ids = tokenizer(ENCODED, return_tensors="pt")["input_ids"]
+    found, wanted = (m.base_model(ids).last_hidden_state for m in (loaded, original))
+    torch.testing.assert_close(found, wanted)
+    assert loaded(ids).logits.shape == (1, 3)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    heads = []
+    for seed in (3, 4, 3):
+        torch.manual_seed(seed)
+        model, _ = load_model(tmp_path, labels=3, device="cpu")
+        heads.append(
+            model.state_dict()[
+                "classifier.weight"
+                if family == "bert"
+                else "classifier.out_proj.weight"
+            ]
+        )
+    assert torch.equal(heads[0], heads[2])
+    assert not torch.equal(heads[0], heads[1])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("kind", ["AutoModel", "AutoModelForMaskedLM"])
+def test_an_encoder_that_was_saved_with_another_head(family, kind, tmp_path):
+    config = tiny_encoder(family).config
+    original = getattr(transformers, kind).from_config(config).eval()
+    loaded, tokenizer = load_model(save(original, tmp_path), labels=1, device="cpu")
+    ids = tokenizer(ENCODED, return_tensors="pt")["input_ids"]
+    found, wanted = (m.base_model(ids).last_hidden_state for m in (loaded, original))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_an_encoder_that_is_not_whole(tmp_path):
+    save(tiny_encoder("bert"), tmp_path)
+    name = "bert.encoder.layer.1.output.dense.weight"
+    change(tmp_path, name, None)
+    with pytest.raises(ValueError, match=name):
+        load_model(tmp_path, labels=2)
+    save(tiny_encoder("bert"), tmp_path)
+    set_config(tmp_path, num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"without a use: bert\.encoder\.layer\.2"):
+        load_model(tmp_path, labels=2)
+
+
+def test_an_encoder_in_pickles_or_with_code_of_its_own(tmp_path):
+    tiny_encoder("bert").config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError, match="pickled"):
+        load_model(tmp_path, labels=2)
+    (tmp_path / "pytorch_model.bin").unlink()
+    save(tiny_encoder("bert"), tmp_path)
+    own = {"AutoConfig": "own.Config", "AutoModelForSequenceClassification": "own.Net"}
+    set_config(tmp_path, model_type="nonesuch", auto_map=own)
+    (tmp_path / "own.py").write_text("raise SystemExit('this code was run')")
+    with pytest.raises(ValueError, match="custom code"):
+        load_model(tmp_path, labels=2)
+
+
 def test_paths_from_home_and_from_here(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(save(tiny_model("llama"), tmp_path / "models" / "tiny").parent)
@@ -316,6 +385,21 @@ def test_built_in_model_converts_without_loss(smollm, tmp_path):
     want = gguf.dequantize(tensor.data, tensor.tensor_type)
     got = smollm[0].model.layers[7].mlp.down_proj.weight
     np.testing.assert_array_equal(got.numpy(), want)
+
+
+@pytest.mark.slow
+def test_built_in_encoder_knows_what_is_like():
+    """Mean vectors, for which it was tuned, of a sentence, its paraphrase, another."""
+    model, tokenizer = load_model(models.ENCODER, labels=2, device="cpu")
+    texts = ["A man is playing a guitar.", "Someone plays an instrument."]
+    texts += ["The stock market fell on Monday."]
+    given = tokenizer(texts, padding=True, return_tensors="pt")
+    states = model.base_model(**given).last_hidden_state
+    shown = given["attention_mask"][..., None]
+    means = torch.nn.functional.normalize((states * shown).sum(1) / shown.sum(1))
+    like = means @ means.T
+    assert like[0, 1] > 0.5 > 0.2 > like[0, 2]
+    assert sum(p.numel() for p in model.base_model.parameters()) == 22_713_216
 
 
 @pytest.mark.slow
