@@ -14,12 +14,8 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForSequenceClassification as AutoClassifier
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME, cached_file
 
@@ -101,22 +97,19 @@ def _read(name, dtype, labels=None, **options):
                 if getattr(config, "quantization_config", None):
                     raise ValueError("only GGUF weights may be quantised")
             options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            kind, heads = AutoModelForCausalLM, "$^"
-            if labels is not None:
-                kind, heads = AutoModelForSequenceClassification, _HEADS
-                options["num_labels"] = labels
+            options |= {} if labels is None else {"num_labels": labels}
+            kind = AutoModelForCausalLM if labels is None else AutoClassifier
             model, report = kind.from_pretrained(where, dtype=dtype, **found, **options)
             misfits = [key for key, *_ in report["mismatched_keys"]]
-            wrong = [*report["missing_keys"], *misfits]
-            if wrong := sorted(key for key in wrong if not re.match(heads, key)):
+            if wrong := _of_body([*report["missing_keys"], *misfits], labels):
                 raise ValueError(f"no weights of this shape: {', '.join(wrong)}")
             if {"icl_attention", "icl_layerwise"} & vars(model.config).keys():
                 folder = Path(cached_file(where, CONFIG_NAME, **found)).parent
                 restore_attention(model, folder)
             unused = {*report["unexpected_keys"]} - model.state_dict().keys()
-            unused = [key for key in unused if not re.match(heads, key)]
+            unused = _of_body(unused, labels)
             if unused and "gguf_file" not in found:
-                raise ValueError(f"weights without a use: {', '.join(sorted(unused))}")
+                raise ValueError(f"weights without a use: {', '.join(unused)}")
             rows = len(model.get_input_embeddings().weight)
             vocabulary = tokenizer.get_vocab() if len(tokenizer) > rows else {}
             vocabulary.pop(tokenizer.pad_token, None)
@@ -132,6 +125,11 @@ def _read(name, dtype, labels=None, **options):
                 why = f"the hub is out of reach, and its cache has no such model: {why}"
             raise ValueError(f"cannot read the {what} of {where}: {why}") from error
     return model, tokenizer
+
+
+def _of_body(keys, labels):
+    """Names of weights in order, of an encoder without those of its heads."""
+    return sorted(k for k in keys if labels is None or not re.match(_HEADS, k))
 
 
 def _locate(name):
