@@ -214,7 +214,8 @@ def attention_modules(model) -> list[torch.nn.Module]:
     return [
         module
         for name, module in model.named_modules()
-        if re.search(r"\.(attn|self_attn|attention)$", name)
+        if re.search(r"\.(attn|self_attn|attention|attention\.self)$", name)
+        and not hasattr(module, "self")  # BERT's is inside of that
     ]
 
 

@@ -4,15 +4,17 @@ import math
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import gelu, pad
+from torch.nn.functional import embedding_bag, gelu, pad
 
 from icl.attention.masks import (
     causal_sdpa,
     relative_positions,
     repeat_kv,
     to_bool_mask,
+    to_float64,
     upcast,
 )
+from icl.attention.momentum import WithRates
 from icl.attention.replace import AttentionKind, option
 
 _BLOCK = 64  # rows of scores that are held at a time
@@ -22,8 +24,11 @@ class _Contrastive(AttentionKind):
     """A kind that treats the demonstrations and the query part of a prompt differently.
 
     The first ``demonstrations`` tokens attend to each other by softmax attention, those
-    after them by the kind's ``attend``; so nothing depends on a later token. If 0, the
-    query part of every token is itself, and its demonstrations are all before it.
+    after them by ``parts``: keys and values of the demonstrations, those of the query
+    part, and a factor of its weight by which the output shrinks, or None. So nothing
+    depends on a later token. If 0, the query part of every token is itself, and its
+    demonstrations are all before it; in an encoder all others, but for special tokens,
+    which join the query part if they are given.
     """
 
     demonstrations: int = option("number at the front, or 0", lambda n: n >= 0, 0)
@@ -33,12 +38,28 @@ class _Contrastive(AttentionKind):
     def needs_all_keys(self):
         return self.demonstrations > 0 or self.kind == "negative"
 
-    def forward(self, query, key, value, mask, scaling=None, **options):
+    def forward(self, query, key, value, mask, scaling=None, module=None, **options):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if getattr(self, "learned", False):
+            key, value = (repeat_kv(x, query.shape[1]) for x in (key, value))
         shown, early = self._in_front(query, key, mask)
+        if not options.get("is_causal", getattr(module, "is_causal", True)):
+            special = options.get("special_tokens_mask")
+            special = key.new_zeros(1, key.shape[2]) if special is None else special
+            shown = (special == 0)[:, None, :, None]
         if early.all():
             return causal_sdpa(query, key, value, mask, scaling)
-        out = self.attend(query, key, value, shown, mask, scaling, **options)
+        given = query, key, value, shown, mask, module
+        *parts, shrink = self.parts(*given, **options)
+        if self.demonstrations:
+            keys, values = (torch.where(shown, *p) for p in (parts[::2], parts[1::2]))
+            out = causal_sdpa(query, keys, values, mask, scaling)
+            if shrink is not None:
+                rest = (~shown).to(values.dtype).expand_as(values)
+                share = causal_sdpa(query, keys, rest, mask, scaling)
+        else:
+            out, share = _in_two_parts(query, *parts, mask, scaling, shown)
+        out = out if shrink is None else out * (1 - shrink * share)
         if not early.any():
             return out
         own = causal_sdpa(query, key, value, mask, scaling)
@@ -64,7 +85,21 @@ class _Contrastive(AttentionKind):
         return shown, early[:, key.shape[2] - query.shape[2] :]
 
 
-class RegularisedAttention(_Contrastive, kind="regularised"):
+class _WithStrength(_Contrastive, WithRates):
+    """A kind with a ``strength``, any number, of which heads may learn their own."""
+
+    part, encode, decode = "strengths", torch.positive, torch.positive
+
+    def initial(self, device):
+        return to_float64(self.strength, device).reshape(-1)
+
+    def strength_of(self, module, value):
+        if not self.learned:
+            return self.strength
+        return self.rates(value.device, module).to(value.dtype)[:, None, None]
+
+
+class RegularisedAttention(_WithStrength, kind="regularised"):
     """Attention as a step on the contrastive loss with weight decay (Ren & Liu 2023).
 
     The decay ``(α/2η)|W|²`` shrinks the weight that the step starts from, and that is
@@ -72,17 +107,13 @@ class RegularisedAttention(_Contrastive, kind="regularised"):
     """
 
     alpha: float | int = option("strength of the decay, finite", math.isfinite)
+    strength = property(lambda self: self.alpha)
 
-    def attend(self, query, key, value, shown, mask, scaling, **options):
-        own = value if self.matched else (1 - self.alpha) * value
-        if shown is None:
-            out, share = _in_two_parts(query, key, value, key, own, mask, scaling)
-            return out * (1 - self.alpha * share) if self.matched else out
-        out = causal_sdpa(query, key, torch.where(shown, value, own), mask, scaling)
-        if not self.matched:
-            return out
-        rest = (~shown).to(value.dtype).expand_as(value)
-        return out * (1 - self.alpha * causal_sdpa(query, key, rest, mask, scaling))
+    def parts(self, query, key, value, shown, mask, module, **options):
+        alpha = self.strength_of(module, value)
+        if self.matched:
+            return key, value, key, value, alpha
+        return key, value, key, (1 - alpha) * value, None
 
 
 class AugmentedAttention(_Contrastive, kind="augmented"):
@@ -111,28 +142,26 @@ class AugmentedAttention(_Contrastive, kind="augmented"):
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         return _View(width, self.hidden, self.depth, self.residual, seed)
 
-    def attend(self, query, key, value, shown, mask, scaling, module=None, **options):
+    def parts(self, query, key, value, shown, mask, module, **options):
         of_key, of_value = (
             options.get(name) or self.get_learned(module, name)
             for name in ("of_key", "of_value")
         )
-        keys, values = of_key(key), of_value(value)
-        if shown is None:
-            return _in_two_parts(query, keys, values, key, value, mask, scaling)[0]
-        keys, values = torch.where(shown, keys, key), torch.where(shown, values, value)
-        return causal_sdpa(query, keys, values, mask, scaling)
+        return of_key(key), of_value(value), key, value, None
 
 
-class NegativeAttention(_Contrastive, kind="negative"):
+class NegativeAttention(_WithStrength, kind="negative"):
     """Attention as a step on the contrastive loss with negatives (Ren & Liu 2023).
 
     A demonstration is also pushed away from the ``k`` that are least like it, or as
     many as there are: its value becomes ``v_i - (β/k) Σ_{j in N(i)} v_j``. What is like
-    is open in the paper; here the inner product of two keys or of a query and a key.
+    is open in the paper; here the inner product of two keys or of a query and a key. In
+    an encoder a token has the same negatives for all queries, one of which may be it.
     The control scales values by ``1 - β``: nothing is pushed away.
     """
 
     beta: float | int = option("weight of the negatives, finite", math.isfinite)
+    strength = property(lambda self: self.beta)
     k: int = option("negatives of a token, 1 or more", lambda k: k >= 1)
     by: str = option("'keys' or 'scores'", ("keys", "scores").__contains__, "keys")
 
@@ -141,24 +170,20 @@ class NegativeAttention(_Contrastive, kind="negative"):
         if 0 < self.demonstrations <= self.k:
             raise ValueError(f"k = {self.k} is not below {self.demonstrations=}")
 
-    def attend(self, query, key, value, shown, mask, scaling, **options):
+    def parts(self, query, key, value, shown, mask, module, **options):
+        beta, left = self.strength_of(module, value), key
         if self.by == "scores":
             if query.shape[2] != key.shape[2]:
                 raise ValueError("by='scores' needs the queries of all tokens")
             key, value = (repeat_kv(x, query.shape[1]) for x in (key, value))
-        k = min(self.k, (self.demonstrations or key.shape[2]) - 1)
-        left = query if self.by == "scores" else key
-        index, valid = _least_like(left, key, k, shown, mask)
+            left = query
+        index, valid = _least_like(left, key, min(self.k, key.shape[2]), shown, mask)
         if self.matched:
-            pushed = valid.any(-1, keepdim=True).to(value.dtype)
-            pushed = value * (1 - self.beta * pushed)
+            less = value * valid.any(-1, keepdim=True)
         else:
             share = valid.to(value.dtype) / valid.sum(-1, keepdim=True).clamp(min=1)
-            pushed = value - self.beta * _MeanOf.apply(value, index, share)
-        if shown is None:
-            return _in_two_parts(query, key, pushed, key, value, mask, scaling)[0]
-        pushed = torch.where(shown, pushed, value)
-        return causal_sdpa(query, key, pushed, mask, scaling)
+            less = _sums_of(value, index, share)
+        return key, value - beta * less, key, value, None
 
 
 class DifferentialAttention(AttentionKind, kind="differential"):
@@ -222,30 +247,36 @@ class _Scale(torch.nn.Module):
         return z * self.by[:, None, None]
 
 
-def _in_two_parts(query, key, value, own_key, own_value, mask, scale):
-    """Causal attention in which a query's own token has a key and value of its own.
+def _in_two_parts(query, key, value, own_key, own_value, mask, scale, shown):
+    """Attention in which a query's own part has keys and values of its own.
 
-    What came before is summed up by its normaliser, so that the own token joins with
-    a weight, also returned: the logistic function of how far its score is above.
+    Also returned is the part's weight. If it is one token and nothing is masked, what
+    came before is summed up by its normaliser, and that weight is the logistic function
+    of how far the token's score is above.
     """
     (heads, tokens), length = query.shape[1:3], key.shape[2]
-    own_key, own_value = (
-        repeat_kv(x[:, :, length - tokens :], heads) for x in (own_key, own_value)
-    )
-    score = (query * own_key).sum(-1) * scale
-    if mask is None and tokens == length > 1:
+    if shown is mask is None and tokens == length > 1:
+        own_key, own_value = (repeat_kv(x, heads) for x in (own_key, own_value))
         last = key[:, :, :-1], value[:, :, :-1]
         before = pad(causal_sdpa(query[:, :, 1:], *last, None, scale), (0, 0, 1, 0))
         total = _LogNormaliser.apply(query, repeat_kv(key, heads), scale)
+        own = torch.sigmoid((query * own_key).sum(-1) * scale - total)[..., None]
+        return before + own * (own_value - before), own
+    if shown is None:
+        distance = relative_positions(mask, tokens, length, query.device)
+        theirs, seen = distance > 0, distance >= 0
     else:
-        seen = relative_positions(mask, tokens, length, query.device) > 0
-        scores = query @ repeat_kv(key, heads).mT * scale
-        scores = scores.masked_fill(~seen, -torch.inf)
-        total = scores.logsumexp(-1)
-        weights = scores - total.clamp(min=torch.finfo(scores.dtype).min)[..., None]
-        before = weights.exp() @ repeat_kv(value, heads)
-    own = torch.sigmoid(score - total)[..., None]
-    return before + own * (own_value - before), own
+        place = torch.arange(length, device=query.device)
+        theirs = shown.mT & (place != place[:, None])
+        seen = theirs | ~theirs if mask is None else to_bool_mask(mask)
+    scores, own_scores = (query @ repeat_kv(k, heads).mT for k in (key, own_key))
+    scores = torch.where(theirs, scores, own_scores) * scale
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1)
+    of_others = weights * theirs
+    value, own_value = (repeat_kv(x, heads) for x in (value, own_value))
+    out = weights @ own_value + of_others @ (value - own_value)
+    return out, 1 - of_others.sum(-1, keepdim=True)
 
 
 class _LogNormaliser(torch.autograd.Function):
@@ -315,30 +346,10 @@ def _least_like(left, key, k, shown, mask):
     return torch.cat(indices, 2), torch.cat(valid, 2)
 
 
-class _MeanOf(torch.autograd.Function):
-    """Sums of values with shares of the chosen ones, by blocks of rows."""
-
-    @staticmethod
-    def forward(ctx, value, index, share):
-        ctx.save_for_backward(index, share)
-        means = torch.empty_like(value)
-        for rows, weights in _blocks(index, share):
-            means[:, :, rows] = weights @ value
-        return means
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        of_value = torch.zeros_like(gradient)
-        for rows, weights in _blocks(*ctx.saved_tensors):
-            of_value += weights.mT @ gradient[:, :, rows]
-        return of_value, None, None
-
-
-def _blocks(index, share):
-    """Blocks of rows, and their matrices of shares ``(B, H, block, S)``."""
-    length = index.shape[2]
-    for start in range(0, length, _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        weights = share.new_zeros(*share[:, :, rows].shape[:3], length)
-        yield rows, weights.scatter_(-1, index[:, :, rows], share[:, :, rows])
+def _sums_of(value, index, share):
+    """Sums of the chosen values ``(B, H, S, k)`` with their shares."""
+    first = torch.arange(0, value[..., 0].numel(), value.shape[2], device=value.device)
+    rows = index + first.reshape(*value.shape[:2], 1, 1)
+    rows, values, weights = (x.flatten(0, 2) for x in (rows, value, share))
+    found = embedding_bag(rows, values, mode="sum", per_sample_weights=weights)
+    return found.view_as(value)

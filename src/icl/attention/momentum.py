@@ -23,15 +23,10 @@ def in_unit_interval(rate):
     return bool(((rate > 0) & (rate < 1)).all())
 
 
-class _WithRates(AttentionKind):
-    """Softmax attention plus a sum of past values, with rates that heads may learn.
+class WithRates(AttentionKind):
+    """A kind with rates that heads may learn, from those of ``initial`` on."""
 
-    Kinds define ``initial``, the rates to begin with, and ``past``, the sum.
-    """
-
-    applies_dropout = True
     part, encode, decode = "rate_logits", torch.logit, torch.sigmoid  # what is learned
-    softmax = True
 
     learned: bool = option("let every head learn its own", default=False)
 
@@ -49,6 +44,13 @@ class _WithRates(AttentionKind):
         learned = to_float64(self.get_learned(module, self.part), device)
         return type(self).decode(learned)
 
+
+class _WithPast(WithRates):
+    """Softmax attention plus ``past``, a sum of past values."""
+
+    applies_dropout = True
+    softmax = True
+
     def forward(self, query, key, value, mask, scaling=None, module=None, **options):
         past = self.past(query, value, mask, self.rates(value.device, module))
         past = past.to(value.dtype)
@@ -58,7 +60,7 @@ class _WithRates(AttentionKind):
         return own + past
 
 
-class MomentumAttention(_WithRates, kind="momentum"):
+class MomentumAttention(_WithPast, kind="momentum"):
     """Softmax attention plus momentum: ``Attn + Σ_{i<t} η^(t-i) v_i``.
 
     MoAttn of Dai et al. (2023, section 5): the sum leaves the current token out and
@@ -84,7 +86,7 @@ class MomentumAttention(_WithRates, kind="momentum"):
         return _weighted_sum(weights, query, value, mask)
 
 
-class HeavyBallAttention(_WithRates, kind="heavy_ball"):
+class HeavyBallAttention(_WithPast, kind="heavy_ball"):
     """Softmax attention whose memory is written by a heavy ball.
 
     In softmax attention every token is one gradient step (Ren & Liu 2023). With the
@@ -107,7 +109,7 @@ class HeavyBallAttention(_WithRates, kind="heavy_ball"):
         return softmax_attention(query, key, value, bias, scaling, module, **options)
 
 
-class ConvolutionAttention(_WithRates, kind="convolution"):
+class ConvolutionAttention(_WithPast, kind="convolution"):
     """Softmax attention plus ``Σ_{s=1..J} w_s v_{t-s}``: a short causal convolution.
 
     A control for momentum: it too adds the last tokens' values without a softmax, but

@@ -107,7 +107,9 @@ class AttentionKind:
                 right behind padding on the left and in rows that hold several texts.
                 Default: all tokens up to the query's own.
             scaling: of the scores; default ``1/√d_h``.
-            views: of augmented attention, functions ``of_key`` and ``of_value``.
+            views: of augmented attention, functions ``of_key`` and ``of_value``; of all
+                contrastive ones ``is_causal=False`` for an encoder, with its
+                ``special_tokens_mask`` ``(B, S)``, those that are no demonstrations.
         """
         (heads, tokens), (kv_heads, length) = query.shape[1:3], key.shape[1:3]
         fit = value.shape[1:3] == key.shape[1:3] and not heads % kv_heads
@@ -128,8 +130,9 @@ def replace_attention(
     """Replace the attention of a model in place.
 
     Args:
-        model: a gpt2, opt, gpt_neox, llama, qwen or gemma. Its configuration keeps the
-            options, so that a saved model comes back with its attention:
+        model: a gpt2, opt, gpt_neox, llama, qwen or gemma; of contrastive kinds also a
+            bert or roberta, which then takes ``special_tokens_mask`` of its tokenizer.
+            Its configuration keeps the options, so that a saved model comes back:
             :func:`icl.models.load_model` loads what was learned too, and
             ``from_pretrained`` refuses where :mod:`icl.attention` is not imported.
         kind: a name in ``KINDS``, or ``"softmax"``, which takes away what was replaced,
@@ -161,6 +164,10 @@ def replace_attention(
             f"the attention of {type(model).__name__} cannot be replaced; that of "
             "gpt2, opt, gpt_neox, llama, qwen and gemma can"
         )
+    if not getattr(modules[0], "is_causal", True) and getattr(
+        attention, "demonstrations", 1
+    ):
+        raise ValueError(f"{type(model).__name__} is not causal, but {attention} is")
     capped = getattr(model.config, "attn_logit_softcapping", None)
     if capped or any(hasattr(module, "sinks") for module in modules):
         raise ValueError(

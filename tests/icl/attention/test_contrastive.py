@@ -264,6 +264,167 @@ def test_negative_attention_is_a_step_on_pairs_and_negatives(episode, k_negative
     torch.testing.assert_close(found, W_1 @ phi_q, rtol=1e-10, atol=1e-10)
 
 
+# --- in an encoder --------------------------------------------------------------------
+
+SPECIAL = torch.tensor([[1, 0, 0, 0, 1, 0, 0, 0, 1], [1, 0, 0, 1, 0, 0, 1, 1, 1]])
+SEEN = torch.tensor([9, 7])  # tokens of the two texts; what is behind them is padding
+
+
+def encoder_parts(t, length, special):
+    """Demonstrations of a token, all others but special ones, and its query part."""
+    shown = [i for i in range(length) if i != t and not special[i]]
+    return shown, [i for i in range(length) if i not in shown]
+
+
+def in_encoder(q, k, v, new_k, new_v, own_v, length, special):
+    """One head, by a double loop; its demonstrations' keys and values are new."""
+    out = torch.zeros_like(v)
+    for t in range(length):
+        shown, own = encoder_parts(t, length, special)
+        scores = [new_k[i] @ q[t] for i in shown] + [k[i] @ q[t] for i in own]
+        weights = (torch.stack(scores) / math.sqrt(q.shape[-1])).softmax(0)
+        values = [new_v[i] for i in shown] + [own_v[i] for i in own]
+        for weight, value in zip(weights, values, strict=True):
+            out[t] += weight * value
+    return out
+
+
+def encoder_case(kind, special, length, strength=0.7, k=3):
+    """A kind, its function on a head by loops, and its control's."""
+    content = [i for i in range(length) if not special[i]]
+
+    def looped(q, key, v, new_k, new_v, own_v):
+        return in_encoder(q, key, v, new_k, new_v, own_v, length, special)
+
+    if kind == "regularised":
+        return (
+            lambda q, k, v: looped(q, k, v, k, v, (1 - strength) * v),
+            lambda q, k, v: (
+                looped(q, k, v, k, v, v)
+                * looped(q, k, v, k, one(v), (1 - strength) * one(v))
+            ),
+        )
+    if kind == "augmented":
+        return lambda q, k, v: looped(q, k, v, warped(k), warped(v), v), None
+
+    def negative(by):
+        def head(q, key, v):
+            left = key if by == "keys" else q
+            others = [[j for j in content if j != i] for i in range(len(key))]
+            new = pushed(left, key, v, strength, k, others.__getitem__)
+            return looped(q, key, v, key, new, v)
+
+        return head
+
+    def scaled(q, key, v):
+        alone = len(content) == 1  # has none to be pushed from
+        return looped(q, key, v, key, v if alone else (1 - strength) * v, v)
+
+    return negative(kind.split()[-1]), scaled
+
+
+def one(v):
+    return torch.ones_like(v)
+
+
+def kind_of(name, **options):
+    if name == "regularised":
+        return RegularisedAttention(alpha=0.7, **options)
+    if name == "augmented":
+        views = dict(of_key=warped, of_value=warped)
+        return lambda *given, **more: AugmentedAttention()(*given, **views, **more)
+    return NegativeAttention(beta=0.7, k=3, by=name.split()[-1], **options)
+
+
+ENCODER_KINDS = ["regularised", "augmented", "negative by keys", "negative by scores"]
+
+
+def padded(mask_kind):
+    mask = torch.arange(9) < SEEN[:, None]
+    mask = mask[:, None, None].expand(-1, -1, 9, -1)
+    if mask_kind == "boolean":
+        return mask
+    low = torch.finfo(torch.float64).min
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, low)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("mask", [None, "boolean", "additive"])
+@pytest.mark.parametrize("kind", ENCODER_KINDS)
+def test_in_an_encoder_by_loops(kind, mask, special):
+    """Two texts in a batch, with special tokens or without, padded or not."""
+    q, k, v = inputs(heads=4, kv_heads=2, batch=2)
+    given = dict(is_causal=False)
+    given |= dict(special_tokens_mask=SPECIAL) if special else {}
+    mask_ = None if mask is None else padded(mask)
+    found = kind_of(kind)(q, k, v, mask_, **given)
+    control = None
+    if kind != "augmented":
+        control = kind_of(kind, matched=True)(q, k, v, mask_, **given)
+    for b, length in enumerate([9, 9] if mask is None else SEEN.tolist()):
+        marks = SPECIAL[b] if special else torch.zeros(9)
+        head, other = encoder_case(kind, marks, length)
+        one_text = [x[b : b + 1] for x in (q, k, v)]
+        expected = by_heads(head, *one_text)[0, :, :length]
+        torch.testing.assert_close(found[b, :, :length], expected)
+        if control is not None:
+            expected = by_heads(other, *one_text)[0, :, :length]
+            torch.testing.assert_close(control[b, :, :length], expected)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize("kind", ENCODER_KINDS)
+def test_in_an_encoder_with_few_tokens(kind, tokens):
+    q, k, v = inputs(tokens=tokens)
+    head, control = encoder_case(kind, [0] * tokens, tokens)
+    found = kind_of(kind)(q, k, v, is_causal=False)
+    torch.testing.assert_close(found, by_heads(head, q, k, v))
+    if control is not None:
+        found = kind_of(kind, matched=True)(q, k, v, is_causal=False)
+        torch.testing.assert_close(found, by_heads(control, q, k, v))
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("kind", ENCODER_KINDS[:3])
+def test_in_an_encoder_every_token_is_a_step_on_its_loss(kind, special):
+    """By autograd on the token's own loss, features exact."""
+    q, k, v = inputs(heads=1, kv_heads=1)
+    marks = SPECIAL[0] if special else torch.zeros(9)
+    found = kind_of(kind)(q, k, v, is_causal=False, special_tokens_mask=marks[None])
+    q, k, v = q[0, 0], k[0, 0], v[0, 0]
+    content = [i for i in range(9) if not marks[i]]
+    for t in range(9):
+        shown, own = encoder_parts(t, 9, marks)
+        new = warped if kind == "augmented" else lambda x: x
+        keys = torch.cat([new(k[shown]), k[own]])
+        phi, phi_q, D = features(keys, q[t])
+        values = new(v)
+        if kind.startswith("negative"):
+            others = [[j for j in content if j != i] for i in range(9)]
+            values = pushed(k, k, v, 0.7, 3, others.__getitem__)
+
+        theirs = values[shown], phi[: len(shown)], D
+
+        def loss(W, theirs=theirs):
+            decay = 0.7 / (2 * ETA) * W.square().sum() * (kind == "regularised")
+            return contrastive_loss(W, *theirs, ETA) + decay
+
+        W_1 = stepped(loss, initial_weight(v[own], phi[len(shown) :], D))
+        torch.testing.assert_close(found[0, 0, t], W_1 @ phi_q, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ENCODER_KINDS)
+def test_gradients_in_an_encoder(kind):
+    given_ = [x.requires_grad_() for x in inputs(2, 2, 5, width=2)]
+
+    def attend(q, k, v):
+        marks = torch.tensor([[1, 0, 0, 0, 1]])
+        return kind_of(kind)(q, k, v, is_causal=False, special_tokens_mask=marks)
+
+    assert torch.autograd.gradcheck(attend, given_)
+
+
 # --- gradients, and what is refused ---------------------------------------------------
 
 

@@ -11,7 +11,14 @@ from functools import lru_cache
 import jaxtyping
 import pytest
 import torch
-from conftest import SHARED, TINY, assert_same_token_by_token, padded_left, tiny_model
+from conftest import (
+    SHARED,
+    TINY,
+    assert_same_token_by_token,
+    padded_left,
+    tiny_encoder,
+    tiny_model,
+)
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
@@ -55,6 +62,8 @@ CASES = {
         dict(alpha=0.6),
         dict(alpha=0.6, matched=True),
         dict(alpha=0.6, matched=True, demonstrations=6),
+        dict(alpha=0.6, learned=True),
+        dict(alpha=0.6, learned=True, matched=True, demonstrations=6),
     ],
     "augmented": [
         dict(hidden=16),
@@ -68,6 +77,8 @@ CASES = {
         dict(beta=0.7, k=3, demonstrations=6),
         dict(beta=0.7, k=3, matched=True),
         dict(beta=0.7, k=3, matched=True, demonstrations=6),
+        dict(beta=0.7, k=3, learned=True),
+        dict(beta=0.7, k=3, learned=True, matched=True, demonstrations=6),
     ],
     "differential": [dict(lam=0.4)],
     "linear": [dict(), dict(decay=0.9, momentum=0.5)],
@@ -110,7 +121,7 @@ def replaced(family, kind, sliding_window=64, **options):
 
 def learned_names(model):
     names = ("rate_logits", "convolution_weights", "gate_weights", "of_key", "of_value")
-    names += ("ema_logits", "ema_weights")
+    names += ("ema_logits", "ema_weights", "strengths")
     return [n for n, _ in model.named_parameters() if any(name in n for name in names)]
 
 
@@ -452,6 +463,8 @@ def test_options_that_are_not_set_are_missed():
 
 
 LEARNED = {
+    "regularised": ("strengths", dict(alpha=-0.3), (4,)),
+    "negative": ("strengths", dict(beta=0.5, k=2), (4,)),
     "momentum": ("rate_logits", dict(eta=0.25), (4,)),
     "heavy_ball": ("rate_logits", dict(mu=0.25), (4,)),
     "convolution": ("convolution_weights", dict(eta=0.5, reach=2), (4, 2)),
@@ -533,6 +546,96 @@ def test_what_was_learned_before_is_gone():
         assert learned_names(model) == learned_names(alone)
     assert not learned_names(model)
     assert (rates(model) == 0.3).all()
+
+
+# --- in encoders -------------------------------------------------------------------
+
+ENCODED = torch.tensor([[0, 5, 9, 4, 0, 11, 6, 0], [0, 8, 3, 12, 0, 1, 1, 1]])
+OF_TWO = dict(
+    attention_mask=torch.tensor([[1] * 8, [1] * 5 + [0] * 3]),
+    special_tokens_mask=torch.isin(ENCODED, torch.tensor([0, 1])).int(),
+)
+ENCODER_CASES = [
+    ("regularised", dict(alpha=0.6)),
+    ("regularised", dict(alpha=-0.6, learned=True, matched=True)),
+    ("augmented", dict(hidden=16)),
+    ("augmented", dict(matched=True)),
+    ("negative", dict(beta=0.7, k=2)),
+    ("negative", dict(beta=0.7, k=2, by="scores", learned=True)),
+]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize(("kind", "case"), ENCODER_CASES)
+def test_an_encoder_with_another_attention(family, kind, case, tmp_path):
+    """In a layer, batches with padding, both readings, and saved and loaded again."""
+    model = replace_attention(tiny_encoder(family), kind, **case)
+    own = tiny_encoder(family)(ENCODED, **OF_TWO).logits
+    torch.manual_seed(1)
+    for name, part in model.named_parameters():
+        if any(n in name for n in ("of_key", "of_value", "strengths")):
+            part.data += 0.3 * torch.randn_like(part)
+    seen = {}
+    layer = attention_modules(model)[1]
+    for name in ("query", "key", "value"):
+        layer.get_submodule(name).register_forward_hook(
+            lambda m, i, out, name=name: seen.update({name: out})
+        )
+    layer.register_forward_hook(lambda m, i, out: seen.update(out=out[0]))
+    found = model(ENCODED, **OF_TWO).logits
+    assert (found - own).abs().max() > 1e-3
+    qkv = [seen[n].unflatten(-1, (4, 8)).transpose(1, 2) for n in ("query", "key")]
+    qkv.append(seen["value"].unflatten(-1, (4, 8)).transpose(1, 2))
+    mask = OF_TWO["attention_mask"].bool()[:, None, None].expand(-1, -1, 8, -1)
+    given = dict(special_tokens_mask=OF_TWO["special_tokens_mask"], module=layer)
+    attend = KINDS[kind].from_config(model.config)
+    wanted = attend(*qkv, mask, **given).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(seen["out"], wanted)
+    alone = model(
+        ENCODED[1:, :5],
+        OF_TWO["attention_mask"][1:, :5],
+        special_tokens_mask=OF_TWO["special_tokens_mask"][1:, :5],
+    )
+    torch.testing.assert_close(found[1:], alone.logits, rtol=1e-4, atol=1e-5)
+    other = model(ENCODED, OF_TWO["attention_mask"]).logits
+    assert (kind, case) == ("augmented", {}) or (found - other).abs().max() > 1e-4
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    again = restore_attention(again, tmp_path)
+    torch.testing.assert_close(again(ENCODED, **OF_TWO).logits, found)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_nothing_changed_is_the_encoders_own_attention(family):
+    own = tiny_encoder(family)(ENCODED, **OF_TWO).logits
+    for kind, case in (
+        ("regularised", dict(alpha=0.0)),
+        ("augmented", dict(hidden=3)),
+        ("negative", dict(beta=0.0, k=2)),
+    ):
+        model = replace_attention(tiny_encoder(family), kind, **case)
+        found = model(ENCODED, **OF_TWO).logits
+        torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
+    model = replace_attention(
+        tiny_encoder(family), "regularised", alpha=0.9, layers=[1]
+    )
+    states = model(ENCODED, **OF_TWO, output_hidden_states=True).hidden_states
+    plain = tiny_encoder(family)(ENCODED, **OF_TWO, output_hidden_states=True)
+    torch.testing.assert_close(states[1], plain.hidden_states[1])
+    assert (states[2] - plain.hidden_states[2]).abs().max() > 1e-3
+    replace_attention(model, "softmax")
+    assert torch.equal(model(ENCODED, **OF_TWO).logits, own)
+
+
+def test_causal_attention_is_not_for_encoders():
+    for kind, case in (
+        ("momentum", dict(eta=0.5)),
+        ("differential", dict(lam=0.1)),
+        ("delta", {}),
+        ("regularised", dict(alpha=0.1, demonstrations=2)),
+    ):
+        with pytest.raises(ValueError, match="BertFor.* is not causal"):
+            replace_attention(tiny_encoder("bert"), kind, **case)
 
 
 # --- options ----------------------------------------------------------------------
