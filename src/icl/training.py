@@ -169,7 +169,7 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
         folder: of this run alone, for its checkpoint, ``checkpoint.safetensors``, and
             at the end the model as transformers saves it.
         config: settings.
-        measure: number to evaluate of the model; default none.
+        measure: number to evaluate of the model, or a dict of them; default none.
         report: receives a line of progress after the first step, which says how long
             the run takes, and at each evaluation.
         data: what a checkpoint must agree on besides, such as the seed of the batches.
@@ -227,7 +227,8 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
             row = {"step": done, "loss": loss / (done - state["since"])}
             pace = (time.perf_counter() - started) / (done - first)
             if measure is not None and accelerator.is_main_process:
-                row["measure"] = float(measure(model))
+                found = measure(model)
+                row |= found if isinstance(found, dict) else {"measure": float(found)}
             state["history"].append(row)
             state["since"] = done
             total.zero_()

@@ -1,5 +1,7 @@
 """What notebooks of experiments define for themselves."""
 
+import itertools
+import json
 import math
 import string
 from pathlib import Path
@@ -9,7 +11,8 @@ import nbformat
 import numpy as np
 import pytest
 import tokenizers
-from scipy.stats import chisquare
+import torch
+from scipy.stats import chisquare, pearsonr, rankdata, spearmanr
 
 from icl.corpora import as_bytes
 from icl.metrics import calibrated
@@ -88,3 +91,94 @@ def test_a_digit_for_every_label():
     assert encode(None)["predictions"] == ""
     with pytest.raises(IndexError):
         encode(np.eye(37))
+
+
+def test_measures_of_glue_by_hand():
+    measures = defined_in("encoder", "measures", rankdata=rankdata)
+    labels = np.array([1, 1, 1, 0, 0, 1, 0, 0, 1, 0])
+    answers = np.array([1, 1, 0, 0, 1, 1, 0, 0, 0, 0])
+    logits = np.stack([1 - answers, answers], 1) - 0.3
+    tp, fp, fn, tn = 3, 1, 2, 4
+    root = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    found = measures("cola", labels, logits)
+    assert found == pytest.approx(
+        {"Matthews": (tp * tn - fp * fn) / root, "accuracy": 0.7}
+    )
+    found = measures("mrpc", labels, logits)
+    assert found == pytest.approx({"F1": 2 * tp / (2 * tp + fp + fn), "accuracy": 0.7})
+    assert measures("rte", labels, logits) == measures("mr", labels, logits)
+    assert measures("rte", labels, logits) == pytest.approx({"accuracy": 0.7})
+    g = np.random.default_rng(0)
+    scores, said = g.integers(0, 6, 40).astype(float), g.normal(size=(40, 1))
+    said[:5] = said[5:10]  # ties
+    found = measures("stsb", scores, said)
+    wanted = [f(said[:, 0], scores).statistic for f in (pearsonr, spearmanr)]
+    assert [*found.values()] == pytest.approx(wanted)
+    assert [*found] == ["Pearson", "Spearman"]
+
+
+def test_measures_of_an_answer_that_is_always_the_same():
+    measures = defined_in("encoder", "measures", rankdata=rankdata)
+    always = np.array([[1.0, 0.0]] * 4)
+    labels = np.array([0, 1, 1, 0])
+    assert measures("cola", labels, always) == {"Matthews": 0, "accuracy": 0.5}
+    assert measures("mrpc", labels, always) == {"F1": 0, "accuracy": 0.5}
+    assert measures("mrpc", 0 * labels, always) == {"F1": 0, "accuracy": 1}
+    found = measures("stsb", labels.astype(float), always[:, :1])
+    assert found == {"Pearson": 0, "Spearman": 0}
+
+
+def glue_reader():
+    problem = defined_in("encoder", "problem")
+    return defined_in("encoder", "read_lines", json=json, problem=problem)
+
+
+def test_tasks_of_glue_are_read(tmp_path):
+    rows = [
+        {"sentence1": "a b", "sentence2": "b c", "score": 0},
+        {"sentence1": "a b", "sentence2": "b\u2028c", "score": 4.75, "genre": "x"},
+    ]
+    path = tmp_path / "train.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert glue_reader()(path, "stsb") == rows
+
+
+GOOD = {"premise": "a", "hypothesis": "b", "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "named"),
+    [
+        ("rte", {"premise": "a", "label": 1}, "no field 'hypothesis'"),
+        ("rte", GOOD | {"premise": " "}, "'premise' is ' ', not a text"),
+        ("rte", GOOD | {"label": -1}, "label -1 is not 0 or 1"),
+        ("rte", GOOD | {"label": True}, "label True"),
+        ("cola", {"text": 3, "label": 0}, "'text' is 3"),
+        ("stsb", {"sentence1": "a", "sentence2": "b", "score": 5.2}, "5.2 is no"),
+        ("stsb", {"sentence1": "a", "sentence2": "b", "label": 5}, "no field 'score'"),
+        ("cola", ["text"], "not a JSON object"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(task, row, named, tmp_path):
+    path = tmp_path / "train.jsonl"
+    good = {"cola": {"text": "a", "label": 1}, "rte": GOOD}
+    good["stsb"] = {"sentence1": "a", "sentence2": "b", "score": 1.5}
+    path.write_text(f"{json.dumps(good[task])}\n{json.dumps(row)}\n")
+    with pytest.raises(ValueError, match=r"train.jsonl, line 2: .*" + named):
+        glue_reader()(path, task)
+
+
+def test_an_epoch_has_every_example_once_in_batches_of_like_length():
+    lengths = np.random.default_rng(0).integers(3, 60, 150)
+    rows = [{"input_ids": [0] * n} for n in lengths]
+    names = dict(encoded={"training": rows}, parts={"training": rows}, BATCH=16, seed=3)
+    plan = defined_in("encoder", "plan", **names, torch=torch, Counter=dict)
+    first, second = plan(0), plan(1)
+    for batches in (first, second):
+        assert sorted(np.concatenate(batches)) == [*range(150)]
+        assert sorted(map(len, batches)) == [6] + [16] * 9
+        spans = sorted((min(lengths[b]), max(lengths[b])) for b in batches)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+    assert [*map(list, first)] != [*map(list, second)]
+    assert [*map(list, first)] == [*map(list, plan(0))]
