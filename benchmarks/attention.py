@@ -13,7 +13,9 @@ Ratios of the least of several times, the two taking turns:
   memory, and a step of decoding, as it starts and with slow rates throughout;
 - forward and backward at 1,024 tokens of the contrastive attentions, of which the
   augmented one has maps that cost nothing; and at 4,096 tokens the memory that
-  negatives allocate.
+  negatives allocate;
+- a step of finetuning the built-in encoder with these, forward, backward and update, on
+  16 sequences of 16 to 32 tokens, and of 48 to 96.
 """
 
 from functools import partial
@@ -28,7 +30,9 @@ from icl.attention import (
     NegativeAttention,
     RegularisedAttention,
     ReleasedMomentumAttention,
+    replace_attention,
 )
+from icl.models import ENCODER, load_model
 
 HEADS, WIDTH = 12, 64
 
@@ -167,9 +171,46 @@ def contrast():
         record(over, most / (4 * HEADS * 4096**2))
 
 
+def step_of(**options):
+    """A function that takes a step of an arm on a batch."""
+    model, _ = load_model(ENCODER, device="cpu", labels=2)
+    model.requires_grad_(True)
+    if options:
+        replace_attention(model, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+
+    def run(batch):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def encoder():
+    arms = {
+        "regularised": step_of(kind="regularised", alpha=0.5),
+        "augmented": step_of(kind="augmented", hidden=16),
+        "negatives, k = 4": step_of(kind="negative", beta=0.5, k=4),
+    }
+    plain = step_of()
+    for tokens in (32, 96):
+        lengths = torch.linspace(tokens // 2, tokens, 16).long()
+        shown = (torch.arange(tokens) < lengths[:, None]).long()
+        ids = torch.randint(1000, 30000, shown.shape) * shown
+        batch = {"input_ids": ids, "attention_mask": shown}
+        batch["labels"] = torch.arange(16) % 2
+        for name, run in arms.items():
+            a, b = fastest(partial(plain, batch), partial(run, batch))
+            most = 3 if name.startswith("negatives") else 2
+            over = f"{name}, over softmax, a step of an encoder, {tokens} tokens"
+            record(over, b / a, "x", at_most=most)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     momentum()
     released()
     contrast()
+    encoder()
     save()

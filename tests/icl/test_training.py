@@ -105,6 +105,26 @@ def test_it_is_adamw_with_warm_up_and_cosine(tokens, straight):
     assert history[-1]["measure"] == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_several_numbers_are_measured_by_name(tokens, tmp_path):
+    """Also by a run that resumes: those of before it are kept."""
+    said = iter(range(99))
+
+    def measure(model):
+        n = next(said)
+        return {"first": n, "second": -n}
+
+    def stopped(model):
+        return measure(model) if model.training and next(said) < 2 else 1 / 0
+
+    batches = text_batches(tokens, 4, LENGTH, 7)
+    config = changed(CONFIG, save_every=2)
+    with pytest.raises(ZeroDivisionError):
+        train(small(), batches, tmp_path, config, stopped)
+    history = train(small(), batches, tmp_path, config, measure)
+    found = [(row["first"], row["second"]) for row in history]
+    assert found == [(1, -1), (3, -3), (4, -4)]
+
+
 def test_micro_batches_make_the_same_step(tokens, straight, tmp_path):
     model = small()
     history = run(model, tokens, tmp_path, changed(CONFIG, accumulate=2))
