@@ -31,27 +31,23 @@ _ROOM = 0.8  # of a GPU's free memory for weights; activations have the rest
 def load_model(name=DEFAULT, device="auto", dtype=None, labels=None) -> tuple:
     """A causal language model, or an encoder with a new head, and its tokenizer.
 
-    Only safetensors and GGUF files are read, and no code that a repository
-    carries is ever run.
-
-    A model that was saved with an attention of :mod:`icl.attention` has it again.
+    Only safetensors and GGUF files are read, and no code that a repository carries is
+    ever run. A model saved with an attention of :mod:`icl.attention` has it again.
 
     Args:
-        name: ``"smollm2-135m"`` (carried by a registry package, converted once
-            to safetensors in the cache), a folder that holds safetensors or
-            GGUF weights, a ``.gguf`` file, or a hub id such as ``"gpt2"``; the built-in
-            encoder is ``"all-minilm-l6-v2"``.
+        name: ``"smollm2-135m"`` or, an encoder, ``"all-minilm-l6-v2"``, which registry
+            packages carry, a folder that holds safetensors or GGUF weights, a
+            ``.gguf`` file, or a hub id such as ``"gpt2"``.
         device: ``"auto"`` (CUDA, else Apple's mps, else the CPU) or anything
             that ``torch.device`` takes. With ``"auto"``, accelerate places a model
             that one GPU does not hold on several, or in part in the CPU's memory.
         dtype: floating-point type of the weights; default float32, on CUDA
             bfloat16.
-        labels: for an encoder of the BERT or RoBERTa family, outputs of a head that is
-            drawn from torch's seed (1 for a regression); default none, a causal model.
+        labels: outputs of an encoder's new head, drawn by torch's seed (1 for a
+            regression); default none, a causal model.
 
     Returns:
-        ``(model, tokenizer)``, the model in evaluation mode (dropout off), its
-        parameters without gradients.
+        model in evaluation mode, parameters without gradients, and tokenizer.
 
     Raises:
         ValueError: no such model, no safe, whole or plain weights, or a tokenizer of
@@ -101,15 +97,16 @@ def _read(name, dtype, labels=None, **options):
             kind = AutoModelForCausalLM if labels is None else AutoClassifier
             model, report = kind.from_pretrained(where, dtype=dtype, **found, **options)
             misfits = [key for key, *_ in report["mismatched_keys"]]
-            if wrong := _of_body([*report["missing_keys"], *misfits], labels):
+            heads = [*report["missing_keys"], *misfits, *report["unexpected_keys"]]
+            heads = {k for k in heads if labels is not None and re.match(_HEADS, k)}
+            if wrong := sorted({*report["missing_keys"], *misfits} - heads):
                 raise ValueError(f"no weights of this shape: {', '.join(wrong)}")
             if {"icl_attention", "icl_layerwise"} & vars(model.config).keys():
                 folder = Path(cached_file(where, CONFIG_NAME, **found)).parent
                 restore_attention(model, folder)
-            unused = {*report["unexpected_keys"]} - model.state_dict().keys()
-            unused = _of_body(unused, labels)
+            unused = {*report["unexpected_keys"]} - model.state_dict().keys() - heads
             if unused and "gguf_file" not in found:
-                raise ValueError(f"weights without a use: {', '.join(unused)}")
+                raise ValueError(f"weights without a use: {', '.join(sorted(unused))}")
             rows = len(model.get_input_embeddings().weight)
             vocabulary = tokenizer.get_vocab() if len(tokenizer) > rows else {}
             vocabulary.pop(tokenizer.pad_token, None)
@@ -127,15 +124,10 @@ def _read(name, dtype, labels=None, **options):
     return model, tokenizer
 
 
-def _of_body(keys, labels):
-    """Names of weights in order, of an encoder without those of its heads."""
-    return sorted(k for k in keys if labels is None or not re.match(_HEADS, k))
-
-
 def _locate(name):
     """Where transformers finds a model, and its options for that."""
-    own = name in (DEFAULT, ENCODER)
-    path = Path(built_in(name) if own else name).expanduser().resolve()
+    name = built_in(name) if name in (DEFAULT, ENCODER) else name
+    path = Path(name).expanduser().resolve()
     if path.suffix == ".gguf" and path.exists():
         return path.parent, {"gguf_file": path.name}
     if path.exists():
@@ -167,9 +159,9 @@ def _locate(name):
 def built_in(name=DEFAULT) -> Path:
     """The safetensors folder of a model that a registry package carries.
 
-    The first call fetches the package and converts its GGUF file, which takes
-    half a minute, or unpacks its safetensors; the folder appears in the cache only when
-    it is whole. Its files are compared with their hashes.
+    The first call fetches the package and converts its GGUF file, which takes half a
+    minute, or unpacks it; the folder appears in the cache only when it is whole. Its
+    files are compared with their hashes.
     """
     folder = cache_dir() / "models" / f"{name}-{ASSETS[name].sha256[:12]}"
     if folder.exists():
@@ -192,25 +184,21 @@ def built_in(name=DEFAULT) -> Path:
         if weights.suffix == ".zip":
             shutil.unpack_archive(weights, scratch / "out")
         else:
-            _convert(weights, scratch / "out")
+            dequantised, tokenizer = _read(weights, torch.float32)
+            # A model read from GGUF refuses to be saved; a plain copy does not.
+            config = dequantised.config
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            model = AutoModelForCausalLM.from_config(config)
+            model.load_state_dict(dequantised.state_dict())
+            model.save_pretrained(scratch / "out")
+            tokenizer.save_pretrained(scratch / "out")
         _write_hashes(scratch / "out")
         if not folder.exists():  # another process may have been first
             (scratch / "out").rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
-
-
-def _convert(weights, folder):
-    dequantised, tokenizer = _read(weights, torch.float32)
-    # A model read from GGUF refuses to be saved; a plain copy does not.
-    config = dequantised.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(dequantised.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _hashes(folder):

@@ -23,12 +23,11 @@ _BLOCK = 64  # rows of scores that are held at a time
 class _Contrastive(AttentionKind):
     """A kind that treats the demonstrations and the query part of a prompt differently.
 
-    The first ``demonstrations`` tokens attend to each other by softmax attention, those
-    after them by ``parts``: keys and values of the demonstrations, those of the query
-    part, and a factor of its weight by which the output shrinks, or None. So nothing
-    depends on a later token. If 0, the query part of every token is itself, and its
-    demonstrations are all before it; in an encoder all others, but for special tokens,
-    which join the query part if they are given.
+    ``parts`` are keys and values of the demonstrations, those of the query part, and a
+    factor of its weight by which the output shrinks, or None. The first so many tokens
+    are demonstrations, and attend to each other by softmax attention. If 0, the query
+    part of every token is itself, and its demonstrations are all before it; in an
+    encoder all others, but for special tokens if they are given.
     """
 
     demonstrations: int = option("number at the front, or 0", lambda n: n >= 0, 0)
@@ -44,13 +43,11 @@ class _Contrastive(AttentionKind):
             key, value = (repeat_kv(x, query.shape[1]) for x in (key, value))
         shown, early = self._in_front(query, key, mask)
         if not options.get("is_causal", getattr(module, "is_causal", True)):
-            special = options.get("special_tokens_mask")
-            special = key.new_zeros(1, key.shape[2]) if special is None else special
+            special = options.get("special_tokens_mask", key.new_zeros(1, key.shape[2]))
             shown = (special == 0)[:, None, :, None]
         if early.all():
             return causal_sdpa(query, key, value, mask, scaling)
-        given = query, key, value, shown, mask, module
-        *parts, shrink = self.parts(*given, **options)
+        *parts, shrink = self.parts(query, key, value, shown, mask, module, **options)
         if self.demonstrations:
             keys, values = (torch.where(shown, *p) for p in (parts[::2], parts[1::2]))
             out = causal_sdpa(query, keys, values, mask, scaling)
@@ -60,10 +57,10 @@ class _Contrastive(AttentionKind):
         else:
             out, share = _in_two_parts(query, *parts, mask, scaling, shown)
         out = out if shrink is None else out * (1 - shrink * share)
-        if not early.any():
-            return out
-        own = causal_sdpa(query, key, value, mask, scaling)
-        return torch.where(early[:, None, :, None], own, out)
+        if early.any():
+            own = causal_sdpa(query, key, value, mask, scaling)
+            out = torch.where(early[:, None, :, None], own, out)
+        return out
 
     def _in_front(self, query, key, mask):
         """Which keys are demonstrations, and which queries are not behind them."""
@@ -77,9 +74,7 @@ class _Contrastive(AttentionKind):
             begin = seen.int().argmax(-1, keepdim=True)
             first = to_bool_mask(mask)[:, 0].int().argmax(-1)
             if (first != begin)[asks].any():
-                raise ValueError(
-                    "demonstrations of several texts in a row, or a window"
-                )
+                raise ValueError("demonstrations of several texts, or a window")
         early = place < begin + self.demonstrations
         shown = (early & (place >= begin))[:, None, :, None]
         return shown, early[:, key.shape[2] - query.shape[2] :]
@@ -94,8 +89,6 @@ class _WithStrength(_Contrastive, WithRates):
         return to_float64(self.strength, device).reshape(-1)
 
     def strength_of(self, module, value):
-        if not self.learned:
-            return self.strength
         return self.rates(value.device, module).to(value.dtype)[:, None, None]
 
 
@@ -248,11 +241,10 @@ class _Scale(torch.nn.Module):
 
 
 def _in_two_parts(query, key, value, own_key, own_value, mask, scale, shown):
-    """Attention in which a query's own part has keys and values of its own.
+    """Attention in which a query's own part has keys and values of its own; its weight.
 
-    Also returned is the part's weight. If it is one token and nothing is masked, what
-    came before is summed up by its normaliser, and that weight is the logistic function
-    of how far the token's score is above.
+    If nothing is masked, what came before is summed up by its normaliser, and the own
+    token's weight is the logistic function of how far its score is above.
     """
     (heads, tokens), length = query.shape[1:3], key.shape[2]
     if shown is mask is None and tokens == length > 1:

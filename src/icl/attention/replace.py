@@ -107,9 +107,8 @@ class AttentionKind:
                 right behind padding on the left and in rows that hold several texts.
                 Default: all tokens up to the query's own.
             scaling: of the scores; default ``1/√d_h``.
-            views: of augmented attention, functions ``of_key`` and ``of_value``; of all
-                contrastive ones ``is_causal=False`` for an encoder, with its
-                ``special_tokens_mask`` ``(B, S)``, those that are no demonstrations.
+            views: of augmented attention, functions ``of_key`` and ``of_value``. As in
+                an encoder, if contrastive: ``is_causal=False, special_tokens_mask=``.
         """
         (heads, tokens), (kv_heads, length) = query.shape[1:3], key.shape[1:3]
         fit = value.shape[1:3] == key.shape[1:3] and not heads % kv_heads
@@ -130,16 +129,16 @@ def replace_attention(
     """Replace the attention of a model in place.
 
     Args:
-        model: a gpt2, opt, gpt_neox, llama, qwen or gemma; of contrastive kinds also a
-            bert or roberta, which then takes ``special_tokens_mask`` of its tokenizer.
-            Its configuration keeps the options, so that a saved model comes back:
+        model: a gpt2, opt, gpt_neox, llama, qwen or gemma; if contrastive, also a bert
+            or roberta, which takes its tokenizer's ``special_tokens_mask`` too. Its
+            configuration keeps the options, so that a saved model comes back:
             :func:`icl.models.load_model` loads what was learned too, and
             ``from_pretrained`` refuses where :mod:`icl.attention` is not imported.
         kind: a name in ``KINDS``, or ``"softmax"``, which takes away what was replaced,
             momentum from block to block too.
         learned: let every head learn its rates, of a kind that has some. They are
             parameters of the attention modules (``rate_logits``, ``gate_weights``,
-            ``convolution_weights``), marked ``no_weight_decay``.
+            ``convolution_weights``, ``strengths``), marked ``no_weight_decay``.
         layers: numbers from 0 on of those to replace; default all.
         options: of the kind, see ``help(KINDS[kind])``.
 
@@ -159,14 +158,13 @@ def replace_attention(
     except TypeError as wrong:
         options = KINDS[kind].describe()
         raise ValueError(f"{wrong}; options of {kind}:\n{options}") from wrong
-    if not model._supports_attention_backend:
+    if not (modules and model._supports_attention_backend):
         raise ValueError(
             f"the attention of {type(model).__name__} cannot be replaced; that of "
-            "gpt2, opt, gpt_neox, llama, qwen and gemma can"
+            "gpt2, opt, gpt_neox, llama, qwen, gemma, bert and roberta can"
         )
-    if not getattr(modules[0], "is_causal", True) and getattr(
-        attention, "demonstrations", 1
-    ):
+    causal = all(getattr(module, "is_causal", True) for module in modules)
+    if getattr(attention, "demonstrations", 1) and not causal:
         raise ValueError(f"{type(model).__name__} is not causal, but {attention} is")
     capped = getattr(model.config, "attn_logit_softcapping", None)
     if capped or any(hasattr(module, "sinks") for module in modules):
