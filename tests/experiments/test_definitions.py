@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from conftest import tiny_encoder
 from scipy.stats import chisquare, pearsonr, rankdata, spearmanr
 
+from icl.attention import replace_attention
 from icl.corpora import as_bytes
 from icl.metrics import calibrated
 
@@ -126,6 +128,40 @@ def test_measures_of_an_answer_that_is_always_the_same():
     assert measures("mrpc", 0 * labels, always) == {"F1": 0, "accuracy": 1}
     found = measures("stsb", labels.astype(float), always[:, :1])
     assert found == {"Pearson": 0, "Spearman": 0}
+
+
+def test_arms_of_the_encoder_and_where_they_begin():
+    """Those that learn begin at the pretrained model, as the notebook says."""
+    arms = names_of("encoder", "ARMS = ")["ARMS"]
+    ids = torch.tensor([[0, 5, 9, 4, 11, 6, 7, 0]])
+    own = tiny_encoder("bert")(ids).logits
+    for arm, options in arms.items():
+        model = tiny_encoder("bert")
+        if options:
+            replace_attention(model, **options)
+        off = (model(ids).logits - own).abs().max()
+        begins = arm == "softmax" or "learned" in arm or "augmented" in arm
+        assert (off < 1e-5) == begins, arm
+        assert arm.removesuffix(", apart") in arms
+        if arm.endswith((", matched", ", apart")) and not arm.startswith("augm"):
+            plain = dict(arms[arm.split(",")[0]])
+            assert options in (plain, plain | {"matched": True})
+
+
+def names_of(notebook, starts):
+    """What a cell of a notebook defines, by a line that it has."""
+    cells = nbformat.read(EXPERIMENTS / f"{notebook}.ipynb", as_version=4).cells
+    (source,) = (c.source for c in cells if f"\n{starts}" in c.source)
+    names = {}
+    exec(source, names)
+    return names
+
+
+def test_a_task_that_is_nowhere(tmp_path):
+    ask = dict(ask_hub=lambda *_: "unreachable", data_folder=lambda: tmp_path)
+    load = defined_in("encoder", "load_splits", **ask)
+    with pytest.raises(ValueError, match=r"no text for task 'rte'.*unreachable.*mr"):
+        load("rte")
 
 
 def glue_reader():
