@@ -1,15 +1,24 @@
+// One switch for all folded code, remembered.
+addEventListener("DOMContentLoaded", () => {
+  const folds = document.querySelectorAll("article details.hide");
+  const bar = document.querySelector(".header-article-items__start");
+  if (!folds.length || !bar) return;
+  const label = document.createElement("label");
+  label.className = "code-switch";
+  label.innerHTML = '<input type="checkbox" role="switch"> Show all code';
+  bar.append(label);
+  const input = label.querySelector("input");
+  const set = () => folds.forEach((fold) => (fold.open = input.checked));
+  input.addEventListener("change", () => {
+    localStorage.setItem("code", input.checked ? "open" : "folded");
+    set();
+  });
+  input.checked = localStorage.getItem("code") === "open";
+  if (input.checked) set();
+});
+
 // Buttons are called what they show; a list has no children but its items.
 addEventListener("load", () => {
-  for (const button of document.querySelectorAll(".theme-switch-button")) {
-    const hush = () => {
-      for (const icon of button.querySelectorAll("svg")) {
-        icon.removeAttribute("role");
-        icon.querySelector("title")?.remove();
-      }
-    };
-    hush();
-    new MutationObserver(hush).observe(button, { childList: true, subtree: true });
-  }
   for (const button of document.querySelectorAll(".search-button-field")) {
     button.setAttribute("aria-label", button.textContent.replace(/\s+/g, " ").trim());
   }

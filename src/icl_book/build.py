@@ -27,10 +27,18 @@ from icl_book.scoreboard import (
 )
 from icl_book.store import NOTEBOOK, RESULT, ROOT, BookError, read_run
 from icl_book.sweep import log
+from icl_book.web import lighten
 
-#: Of MathJax, what the pages load.
-MATHJAX = re.compile(
-    r".*/static/mathjax/(tex-chtml\.js|output/chtml/fonts/woff-v2/.*\.woff"
+#: Of MathJax, the parts that all formulas need, and files for some.
+MATHJAX = (
+    "core",
+    "input/tex",
+    "output/chtml",
+    "output/chtml/fonts/tex",
+    "a11y/assistive-mml",
+)
+MATHJAX_FILES = re.compile(
+    r".*/static/mathjax/(output/chtml/fonts/woff-v2/.*\.woff"
     r"|input/tex/extensions/.*\.js)$"
 )
 
@@ -104,6 +112,7 @@ def _pages(records, scale, folder):
     html = folder / "html"
     shutil.rmtree(html, ignore_errors=True)
     shutil.move(folder / "_build" / "html", html)
+    lighten(html)
     log(f"{time.perf_counter() - start:.0f} s")
     old, new = (folder / "book" / "verdicts.svg" for folder in (ROOT, source))
     if scale == "laptop" and new.read_bytes() != old.read_bytes():
@@ -163,13 +172,22 @@ def _assemble(records, scale, folder):
     (source / "book" / "findings.json").write_text(data, encoding="utf-8")
     with open(source / "book" / "execution.csv", "w", newline="") as table:
         csv.writer(table).writerows(executions)
+    _unpack_mathjax(source / "_mathjax" / "mathjax")
+    return source
+
+
+def _unpack_mathjax(folder):
+    """MathJax without its menu, which makes each formula a stop of the tab key."""
     with zipfile.ZipFile(fetch("mathjax")) as wheel:
         for member in wheel.namelist():
-            if match := MATHJAX.match(member):
-                path = source / "_mathjax" / "mathjax" / match[1]
+            if match := MATHJAX_FILES.match(member):
+                path = folder / match[1]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(wheel.read(member))
-    return source
+        within = "sphinx-mathjax-offline/static/mathjax"
+        parts = [wheel.read(f"{within}/{n}.js") for n in ("startup", *MATHJAX)]
+    parts.append(f"MathJax.loader.preLoad(...{json.dumps(MATHJAX)});".encode())
+    (folder / "tex-chtml.js").write_bytes(b"\n".join(parts))
 
 
 def _with_anchors(cells):
@@ -204,8 +222,28 @@ def executed_page(source: Path, run: Path):
         if "injected-parameters" in tags:
             cells.append(outputs.pop(0))
     done.metadata.pop("papermill", None)  # paths of this machine
+    _fold(cells)
     page.cells, page.metadata = cells, done.metadata
     return page
+
+
+def _fold(cells):
+    """Tag cells as MyST-NB folds them: all code but the argument and solutions, and
+    the tables of checks and of how the page was made."""
+    solution = False
+    for cell in cells:
+        if cell.cell_type != "code":
+            solution |= "{solution-start}" in cell.source
+            solution &= "{solution-end}" not in cell.source
+            continue
+        tags = [*cell.metadata.get("tags", ())]
+        if re.search(r"^page\.(checks|end)\(", cell.source, re.M):
+            tags.append("hide-cell")
+            mystnb = cell.metadata.get("mystnb", {})
+            cell.metadata["mystnb"] = mystnb | {"code_prompt_show": "Show the table"}
+        elif "argument" not in tags and not solution:
+            tags.append("hide-input")
+        cell.metadata["tags"] = tags
 
 
 def _not_pages(_, names):

@@ -58,6 +58,7 @@ def _buttons(app, config):
     there = bool(options.get("repository_url"))
     for what in ("repository", "issues", "edit_page"):
         options[f"use_{what}_button"] = there
+    options["use_fullscreen_button"] = False  # browsers have one
     interface = {"notebook_interface": "jupyterlab"}
     hub = {"binderhub_url": "https://mybinder.org"} if there else {}
     options["launch_buttons"] = interface | hub

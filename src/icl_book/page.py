@@ -324,12 +324,15 @@ def slider(draw, values, name, alt, caption, start=0) -> HTML:
     move = (
         "const f = this.closest('figure'); "
         "f.querySelectorAll('img').forEach((i, n) => i.hidden = n != this.value); "
-        "f.querySelector('output').value = JSON.parse(f.dataset.seen)[this.value];"
+        "const value = JSON.parse(f.dataset.seen)[this.value]; "
+        "f.querySelector('output').value = value; "
+        "this.setAttribute('aria-valuetext', value);"
     )
     return HTML(
         f'<figure class="dial" data-seen="{seen}"><label>{html.escape(name)} '
         f'<input type="range" min="0" max="{len(values) - 1}" value="{start}" '
-        f'oninput="{move}"> <output>{values[start]:g}</output></label>'
+        f'aria-valuetext="{values[start]:g}" oninput="{move}"></label> '
+        f'<output aria-hidden="true">{values[start]:g}</output>'
         f"{''.join(pictures)}<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
 
