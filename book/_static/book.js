@@ -1,12 +1,12 @@
 // One switch for all folded code, remembered.
 addEventListener("DOMContentLoaded", () => {
   const folds = document.querySelectorAll("article details.hide");
-  const bar = document.querySelector(".header-article-items__start");
+  const bar = document.querySelector(".article-header-buttons");
   if (!folds.length || !bar) return;
   const label = document.createElement("label");
   label.className = "code-switch";
   label.innerHTML = '<input type="checkbox" role="switch"> Show all code';
-  bar.append(label);
+  bar.prepend(label);
   const input = label.querySelector("input");
   const set = () => folds.forEach((fold) => (fold.open = input.checked));
   input.addEventListener("change", () => {
@@ -15,6 +15,40 @@ addEventListener("DOMContentLoaded", () => {
   });
   input.checked = localStorage.getItem("code") === "open";
   if (input.checked) set();
+});
+
+// What a link to an equation, a figure or a statement of the page leads to, shown while
+// the link is pointed at or has the focus; Escape hides it.
+addEventListener("DOMContentLoaded", () => {
+  const kinds = "div.math, figure, div.proof, div.exercise";
+  const preview = document.createElement("div");
+  preview.className = "link-preview";
+  preview.hidden = true;
+  document.body.append(preview);
+  let timer;
+  const hide = () => (preview.hidden = true);
+  const leave = () => (timer = setTimeout(hide, 200));
+  const show = ({ currentTarget: link }) => {
+    const at = document.getElementById(decodeURIComponent(link.hash.slice(1)));
+    const target = at?.closest(kinds) ?? at?.querySelector(`:scope > :is(${kinds})`);
+    if (!target) return;
+    clearTimeout(timer);
+    const copy = target.cloneNode(true);
+    for (const part of [copy, ...copy.querySelectorAll("[id]")]) part.removeAttribute("id");
+    preview.replaceChildren(copy);
+    preview.hidden = false;
+    const { left, bottom } = link.getBoundingClientRect();
+    const room = document.documentElement.clientWidth - preview.offsetWidth - 8;
+    preview.style.left = `${Math.max(8, Math.min(left, room))}px`;
+    preview.style.top = `${bottom + scrollY + 4}px`;
+  };
+  for (const link of document.querySelectorAll('article a.reference[href^="#"]')) {
+    for (const event of ["mouseenter", "focus"]) link.addEventListener(event, show);
+    for (const event of ["mouseleave", "blur"]) link.addEventListener(event, leave);
+  }
+  preview.addEventListener("mouseenter", () => clearTimeout(timer));
+  preview.addEventListener("mouseleave", hide);
+  addEventListener("keydown", ({ key }) => key === "Escape" && hide());
 });
 
 // Buttons are called what they show; a list has no children but its items.

@@ -1,9 +1,14 @@
-"""A Sphinx extension for the book's pages: which chapter uses a function, and buttons
-that lead to a public repository where there is one."""
+"""A Sphinx extension for the book's pages: which chapter uses a function, what a term
+means, what a page is about, and buttons that lead to a public repository."""
 
 import ast
+import html
 import json
+import textwrap
 from functools import lru_cache
+
+from docutils import nodes
+from sphinx import addnodes
 
 from icl_book.build import chapter_path, chapters
 
@@ -53,6 +58,38 @@ def _skip(app, what, name, obj, skip, options):
     return skip or type(obj).__name__ == "_tuplegetter"
 
 
+def _meanings(app, doctree, name):
+    """Show what a term means when a link to the glossary is pointed at."""
+    glossary = app.env.get_doctree("book/glossary")
+    terms = glossary.findall(addnodes.glossary)
+    items = [i for t in terms for i in t.findall(nodes.definition_list_item)]
+    meaning = {i: item[-1] for item in items for t in item[:-1] for i in t["ids"]}
+    for link in doctree.findall(nodes.reference):
+        term = link.get("refuri", "").partition("glossary.html#")[2]
+        if term in meaning:
+            link["reftitle"] = " ".join(meaning[term].astext().split())
+
+
+def _describe(app, name, template, context, doctree):
+    """Add what searches and links from elsewhere show of a page: its first words."""
+    if doctree is None:
+        return
+    plain = (p for p in doctree.findall(nodes.paragraph) if not p.next_node(nodes.math))
+    texts = (" ".join(p.astext().split()) for p in plain)
+    text = textwrap.shorten(next((t for t in texts if len(t) > 60), ""), 200)
+    title = doctree.next_node(nodes.title).astext()
+    facts = {
+        'name="description"': text,
+        'property="og:description"': text,
+        'property="og:title"': title,
+        'property="og:site_name"': app.config.html_title,
+        'property="og:type"': "article",
+        'name="twitter:card"': "summary",
+    }
+    for key, value in facts.items():
+        context["metatags"] += f'<meta {key} content="{html.escape(value)}">\n'
+
+
 def _buttons(app, config):
     options = config.html_theme_options
     there = bool(options.get("repository_url"))
@@ -68,4 +105,6 @@ def setup(app):
     app.connect("config-inited", _buttons)
     app.connect("autodoc-skip-member", _skip)
     app.connect("autodoc-process-docstring", _say_where)
+    app.connect("doctree-resolved", _meanings)
+    app.connect("html-page-context", _describe)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -7,6 +7,8 @@ two thousand icons in a script of 1.5 MB.
 import base64
 import hashlib
 import io
+import json
+import os
 import re
 from pathlib import Path
 
@@ -38,8 +40,10 @@ def lighten(html: Path):
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         names[suffix] = f"_static/styles/{path.name}?v={digest}"
     for path, text in pages.items():
+        text = _with_files(text, path, html / "_images")
         root = "../" * (len(path.relative_to(html).parts) - 1)
         path.write_text(_light(text, root, names), encoding="utf-8")
+    _excerpts(html, pages)
     for path in [*(html / "_static").rglob("*.map"), *{*styles, *scripts}]:
         path.unlink()
     for name in LEFT_OUT:
@@ -72,19 +76,22 @@ def _pruned(style, used):
     style = re.sub(r"/\*.*?\*/", "", style, flags=re.S)
 
     def kept(rule):
-        if re.search(r"[@(]", rule[1]):
+        if "@" in rule[1]:
             return rule[0]
-        names = {s: re.findall(r"\.([A-Za-z_][\w-]*)", s) for s in rule[1].split(",")}
-        left = ",".join(s for s, own in names.items() if used.issuperset(own))
-        return f"{left}{{{rule[2]}}}" if left else ""
+        whole = re.split(r",(?![^(]*\))", rule[1])
+        bare = [re.sub(r"\([^()]*\)", "", part) for part in whole]
+        named = [re.findall(r"\.([A-Za-z_][\w-]*)", part) for part in bare]
+        left = [p for p, own in zip(whole, named, strict=True) if used.issuperset(own)]
+        return f"{','.join(left)}{{{rule[2]}}}" if left else ""
 
     style = re.sub(r"([^{}]+)\{([^{}]*)\}", kept, style)
-    return notices + re.sub(r"@media[^{}]+\{\s*\}", "", style)
+    return notices + re.sub(r"\s+", " ", re.sub(r"@media[^{}]+\{\s*\}", "", style))
 
 
 def _with_icons(style, sheets):
     """With a font of those icons alone that the rules show."""
-    codes = {int(code, 16) for code in re.findall(r'content:"\\(f[0-9a-f]{3})"', style)}
+    codes = {int(code, 16) for code in re.findall(r'"\\(f[0-9a-f]{3})"', style)}
+    codes |= {ord(letter) for letter in re.findall("[\ue000-\uf8ff]", style)}
     (theme,) = [p for p in sheets if p.name == "pydata-sphinx-theme.css"]
     whole = theme.parent.parent / "vendor/fontawesome/webfonts/fa-solid-900.ttf"
     options = subset.Options()
@@ -99,6 +106,41 @@ def _with_icons(style, sheets):
     return re.sub(r"src:url\([^;}]*fa-solid-900[^;}]*", source, style)
 
 
+def _with_files(text, page, folder):
+    """A page whose embedded pictures, of sliders, are files: few of them are seen."""
+    to = os.path.relpath(folder, page.parent)
+
+    def save(found):
+        name = f"{hashlib.sha256(found[1].encode()).hexdigest()[:16]}.svg"
+        (folder / name).write_bytes(base64.b64decode(found[1]))
+        return f'src="{to}/{name}"'
+
+    return re.sub(r'src="data:image/svg\+xml;base64,([^"]+)"', save, text)
+
+
+def _excerpts(html, pages):
+    """For a search from disk, where no script may read a page: a script with them."""
+    texts = {}
+    for path, text in pages.items():
+        if article := re.search(r"<article.*?</article>", text, re.S):
+            text = re.sub(
+                r"</?span[^>]*>|<script.*?</script>|<img[^>]*>", "", article[0]
+            )
+            name = path.relative_to(html).as_posix()
+            texts[name] = f'<div role="main">{text}</div>'
+    script = (
+        f"const TEXTS = {json.dumps(texts, ensure_ascii=False)};\n"
+        "window.fetch = async (address) =>"
+        ' ({ text: () => TEXTS[address.replace("./", "")] });'
+    )
+    (html / "_static" / "texts.js").write_text(script, encoding="utf-8")
+    page = html / "search.html"
+    load = 'document.write(\'<script src="_static/texts.js"></\' + "script>")'
+    load = f'<script>if (location.protocol === "file:") {load};</script>\n</head>'
+    text = page.read_text(encoding="utf-8").replace("</head>", load, 1)
+    page.write_text(text, encoding="utf-8")
+
+
 def _light(text, root, names):
     """A page that loads the two files, its pictures when they are near, and MathJax
     only where there is a formula."""
@@ -110,9 +152,12 @@ def _light(text, root, names):
 
     text = re.sub(r'\s*<link rel="preload"[^>]*>', "", text)
     text = STYLE.sub("", SCRIPT.sub(script, text))
+    text = re.sub(r'<span class="pre">([^<]*)</span>', r"\1", text)  # a word each
     text = re.sub(r'<img (?=[^>]*src="(?!data:))', '<img loading="lazy" ', text)
     both = (
         f'<link rel="stylesheet" href="{root}{names["css"]}">\n'
         f'<script src="{root}{names["js"]}"></script>\n'
     )
-    return re.sub(r"(<script>let toggleHintShow|</head>)", both + r"\1", text, count=1)
+    # after the settings of its parts, before what uses it
+    place = r"(<script>DOCUMENTATION_OPTIONS|</head>)"
+    return re.sub(place, both + r"\1", text, count=1)
