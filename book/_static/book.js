@@ -51,6 +51,16 @@ addEventListener("DOMContentLoaded", () => {
   addEventListener("keydown", ({ key }) => key === "Escape" && hide());
 });
 
+// A formula is a stop of the tab key where it is wider than its place and scrolls.
+const reach = () => {
+  for (const formula of document.querySelectorAll('mjx-container[display="true"]')) {
+    if (formula.scrollWidth > formula.clientWidth) formula.tabIndex = 0;
+    else formula.removeAttribute("tabindex");
+  }
+};
+addEventListener("load", () => window.MathJax?.startup?.promise.then(reach));
+addEventListener("resize", reach);
+
 // Buttons are called what they show; a list has no children but its items.
 addEventListener("load", () => {
   for (const button of document.querySelectorAll(".search-button-field")) {

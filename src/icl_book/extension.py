@@ -60,6 +60,8 @@ def _skip(app, what, name, obj, skip, options):
 
 def _meanings(app, doctree, name):
     """Show what a term means when a link to the glossary is pointed at."""
+    if "book/glossary" not in app.env.found_docs:
+        return
     glossary = app.env.get_doctree("book/glossary")
     terms = glossary.findall(addnodes.glossary)
     items = [i for t in terms for i in t.findall(nodes.definition_list_item)]

@@ -10,12 +10,14 @@ import io
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 from fontTools import subset
 
 STYLE = re.compile(r'\s*<link (?=[^>]*rel="stylesheet")[^>]*href="([^"?]+)[^>]*>')
 SCRIPT = re.compile(r'\s*<script [^>]*src="([^"?]+)[^>]*></script>')
+PICTURE = re.compile(r'<img (?=[^>]*src="([^"]+\.svg)")(?![^>]*width=)')
 #: Scripts of the search and of formulas, which not every page loads ...
 APART = {"searchtools.js", "language_data.js", "searchindex.js", "tex-chtml.js"}
 #: ... and those that none does: icons (a font has them), and tabs that follow others.
@@ -31,7 +33,8 @@ def lighten(html: Path):
     scripts = [p for p in _files(pages, SCRIPT) if p.name not in APART | LEFT_OUT]
     script = "\n;".join(path.read_text(encoding="utf-8") for path in scripts)
     script = re.sub(r"^//# sourceMappingURL.*$", "", script, flags=re.M)
-    used = {*re.findall(r"[A-Za-z_][\w-]*", "".join(pages.values()) + script)}
+    classes = re.findall(r'class="([^"]*)"', "".join(pages.values()))
+    used = {*" ".join(classes).split(), *re.findall(r"[A-Za-z_][\w-]*", script)}
     style = _with_icons(_pruned("".join(map(_style, styles)), used), styles)
     names = {}
     for suffix, text in {"css": style, "js": script}.items():
@@ -41,6 +44,7 @@ def lighten(html: Path):
         names[suffix] = f"_static/styles/{path.name}?v={digest}"
     for path, text in pages.items():
         text = _with_files(text, path, html / "_images")
+        text = PICTURE.sub(partial(_later, folder=path.parent), text)
         root = "../" * (len(path.relative_to(html).parts) - 1)
         path.write_text(_light(text, root, names), encoding="utf-8")
     _excerpts(html, pages)
@@ -64,10 +68,11 @@ def _style(path):
     """The text of a style sheet with those it imports, its addresses from styles/."""
     text = path.read_text(encoding="utf-8").replace('@charset "UTF-8";', "")
     imported = re.compile(r"@import (?:url\()?[\"']([^\"']+)[\"']\)?;")
-    text = imported.sub(lambda found: _style(path.parent / found[1]), text)
+    first = "".join(_style(path.parent / name) for name in imported.findall(text))
+    text = imported.sub("", text)
     if path.parent.name != "styles":
         text = re.sub(r"url\(\"?(?!data:)([^\")]+)\"?\)", r"url(../\1)", text)
-    return text + "\n"
+    return f"{first}{text}\n"
 
 
 def _pruned(style, used):
@@ -94,13 +99,13 @@ def _with_icons(style, sheets):
     codes |= {ord(letter) for letter in re.findall("[\ue000-\uf8ff]", style)}
     (theme,) = [p for p in sheets if p.name == "pydata-sphinx-theme.css"]
     whole = theme.parent.parent / "vendor/fontawesome/webfonts/fa-solid-900.ttf"
-    options = subset.Options()
-    font = subset.load_font(str(whole), options)
+    options, file = subset.Options(), io.BytesIO()
     some = subset.Subsetter(options)
     some.populate(unicodes=codes)
-    some.subset(font)
-    font.flavor, file = "woff", io.BytesIO()
-    font.save(file)
+    with subset.load_font(str(whole), options) as font:
+        some.subset(font)
+        font.flavor = "woff"
+        font.save(file)
     data = base64.b64encode(file.getvalue()).decode()
     source = f'src:url(data:font/woff;base64,{data}) format("woff")'
     return re.sub(r"src:url\([^;}]*fa-solid-900[^;}]*", source, style)
@@ -116,6 +121,16 @@ def _with_files(text, page, folder):
         return f'src="{to}/{name}"'
 
     return re.sub(r'src="data:image/svg\+xml;base64,([^"]+)"', save, text)
+
+
+def _later(tag, folder):
+    """A picture that loads when it is near, in a place of its size."""
+    head = (folder / tag[1]).read_text(encoding="utf-8")[:2000]
+    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', head)
+    if not size:
+        return tag[0]
+    width, height = (round(float(points) * 4 / 3) for points in size.groups())
+    return f'<img loading="lazy" width="{width}" height="{height}" '
 
 
 def _excerpts(html, pages):
@@ -142,8 +157,7 @@ def _excerpts(html, pages):
 
 
 def _light(text, root, names):
-    """A page that loads the two files, its pictures when they are near, and MathJax
-    only where there is a formula."""
+    """A page that loads the two files, and MathJax only where there is a formula."""
     math = 'class="math' in text
 
     def script(tag):
@@ -153,7 +167,6 @@ def _light(text, root, names):
     text = re.sub(r'\s*<link rel="preload"[^>]*>', "", text)
     text = STYLE.sub("", SCRIPT.sub(script, text))
     text = re.sub(r'<span class="pre">([^<]*)</span>', r"\1", text)  # a word each
-    text = re.sub(r'<img (?=[^>]*src="(?!data:))', '<img loading="lazy" ', text)
     both = (
         f'<link rel="stylesheet" href="{root}{names["css"]}">\n'
         f'<script src="{root}{names["js"]}"></script>\n'

@@ -1,17 +1,20 @@
-// Opens every page of the book in Chromium, from disk and without a network, and
-// looks: console errors, failed or outside requests, typeset equations, figures in
-// both themes, solutions that unfold, narrow screens, search, accessibility.
-// node check.mjs HTML_FOLDER; prints what is wrong and exits with 1, or one line.
-// The variable CHROMIUM says where the browser is.
-import { readdirSync, readFileSync } from "node:fs";
+// Opens every page of the book in Chromium, from disk and without a network, at four
+// widths in both themes, and looks: console errors, what it loads, typeset equations,
+// figures, folded code and its switch, solutions, dials, previews, search, accessibility.
+// node check.mjs HTML_FOLDER [PART OF A PAGE'S NAME]; prints what is wrong and exits
+// with 1, or one line. The variable CHROMIUM says where the browser is.
+import { readdirSync, readFileSync, statSync } from "node:fs";
 import { createRequire } from "node:module";
 import { join, relative, resolve } from "node:path";
-import { pathToFileURL } from "node:url";
+import { fileURLToPath, pathToFileURL } from "node:url";
 import { chromium } from "playwright-core";
 
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core"), "utf8");
 const html = resolve(process.argv[2] ?? "");
-const NARROW = 390;
+const some = process.argv[3] ?? "";
+const WIDTHS = [390, 1024, 1100, 1440];
+// Of the first load: requests, and bytes on pages with formulas and without.
+const MOST = { requests: 25, formulas: 1.5e6, none: 0.8e6 };
 const faults = [];
 
 function pages(folder) {
@@ -32,10 +35,23 @@ async function open(context, path, fault) {
   page.on("request", (request) => {
     if (!/^(file|data|blob):/.test(request.url())) fault(`asks for ${request.url()}`);
   });
+  const loaded = [];
+  page.on("request", (request) => {
+    if (request.url().startsWith("file:")) loaded.push(request.url());
+  });
   await page.goto(pathToFileURL(path).href);
   await page.evaluate(() => window.MathJax?.startup?.promise);
+  light(loaded, fault);
   await page.addStyleTag({ content: "* { transition: none !important; }" });
   return page;
+}
+
+function light(loaded, fault) {
+  const size = (url) => statSync(fileURLToPath(url.split(/[?#]/)[0])).size;
+  const bytes = loaded.map(size).reduce((a, b) => a + b, 0);
+  const most = loaded.some((url) => url.includes("tex-chtml")) ? MOST.formulas : MOST.none;
+  if (loaded.length > MOST.requests) fault(`${loaded.length} requests`);
+  if (bytes > most && !/search\.html/.test(loaded[0])) fault(`loads ${bytes} bytes`);
 }
 
 async function equations(page, fault) {
@@ -46,21 +62,83 @@ async function equations(page, fault) {
   }));
   if (typeset < marked) fault(`${marked} equations, ${typeset} typeset`);
   if (errors) fault(`${errors} equations with errors`);
+  const stops = await page.$$eval("mjx-container[tabindex]", (all) =>
+    all.filter((formula) => formula.scrollWidth <= formula.clientWidth).length,
+  );
+  if (stops) fault(`${stops} equations are stops of the tab key`);
 }
 
 async function figures(page, theme, fault) {
-  await page.evaluate((name) => (document.documentElement.dataset.theme = name), theme);
-  const empty = await page.$$eval("article img", (images) =>
-    images
-      .filter((image) => {
-        const box = image.getBoundingClientRect();
-        const hidden =
-          image.hidden || image.closest("details:not([open]), .toggle-hidden");
-        return !hidden && (box.width < 20 || box.height < 20 || !image.naturalWidth);
-      })
-      .map((image) => image.getAttribute("src")),
+  const images = await page.$$eval("article .cell_output img", (all) =>
+    all
+      .filter((image) => !image.hidden && image.checkVisibility())
+      .map((image) => {
+        image.loading = "eager";
+        const bright = /brightness\((.+)\)/.exec(getComputedStyle(image).filter);
+        return { source: image.src, factor: Number(bright?.[1] ?? 1) };
+      }),
   );
+  const empty = await page.$$eval("article img", async (all) => {
+    const seen = all.filter((image) => !image.hidden && image.checkVisibility());
+    for (const image of seen) image.loading = "eager";
+    await Promise.all(seen.map((image) => image.decode().catch(() => {})));
+    const empty = (image) => image.width < 20 || image.height < 20 || !image.naturalWidth;
+    return seen.filter(empty).map((image) => image.getAttribute("src"));
+  });
   for (const source of empty) fault(`${theme}: ${source} has no size`);
+  const ground = await page.evaluate(() =>
+    getComputedStyle(document.body).backgroundColor.match(/\d+/g).map(Number),
+  );
+  for (const { source, factor } of images) {
+    if (!source.startsWith("file:")) continue;
+    const svg = readFileSync(fileURLToPath(source), "utf8");
+    // text in black or white lies on something coloured
+    const text = /<g id="text_\d+">(?:(?!<g id=).)*?style="fill: #(\w{6})/gs;
+    const colours = new Set([...svg.matchAll(text)].map((found) => found[1]));
+    for (const colour of colours) {
+      if (/^(0{6}|f{6})$/.test(colour)) continue;
+      const rgb = [0, 2, 4].map((n) => factor * parseInt(colour.slice(n, n + 2), 16));
+      const ratio = contrast(rgb, ground);
+      if (ratio < 4.5) fault(`${theme}: text #${colour} in a figure, ${ratio.toFixed(2)}:1`);
+    }
+  }
+}
+
+function contrast(...colours) {
+  const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const [a, b] = colours.map((rgb) => {
+    const [red, green, blue] = rgb.map((value) => linear(value / 255));
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05;
+  });
+  return Math.max(a, b) / Math.min(a, b);
+}
+
+// Code opens by itself, and all of it by the switch, which the next page remembers.
+async function code(page, fault) {
+  const folds = page.locator("article details.hide");
+  const open = page.locator("article details.hide[open]");
+  const count = await folds.count();
+  if (!count) return;
+  if (await open.count()) fault("code is open at first");
+  await folds.first().locator("summary").click();
+  if ((await open.count()) !== 1) fault("folded code does not open");
+  const all = page.getByRole("switch", { name: "Show all code" });
+  await all.press("Space");
+  if ((await open.count()) !== count) fault("the switch does not open all code");
+  await page.reload();
+  if ((await open.count()) !== count) fault("the switch is not remembered");
+  await all.press("Space");
+  if (await open.count()) fault("the switch does not fold the code");
+}
+
+async function previews(page, fault) {
+  const links = page.locator('article a.reference[href^="#equation"]:visible');
+  if (!(await links.count())) return;
+  const preview = page.locator(".link-preview");
+  await links.first().focus();
+  if (!(await preview.innerHTML())) fault("no preview of an equation");
+  await page.keyboard.press("Escape");
+  if (await preview.isVisible()) fault("the preview stays");
 }
 
 async function solutions(page, fault) {
@@ -82,22 +160,23 @@ async function dials(page, fault) {
       return [input.max, input.min].some((value) => {
         input.value = value;
         input.dispatchEvent(new Event("input"));
-        const seen = [...dial.querySelectorAll("img")].map((image) => image.offsetHeight > 0);
-        return seen.filter(Boolean).length !== 1 || !seen[value];
+        const seen = [...dial.querySelectorAll("img")].map((image) => !image.hidden);
+        const said = input.getAttribute("aria-valuetext");
+        const dumb = said !== dial.querySelector("output").value;
+        return dumb || seen.filter(Boolean).length !== 1 || !seen[value];
       });
     }).length,
   );
-  if (stuck) fault(`${stuck} dials show no picture or several`);
+  if (stuck) fault(`${stuck} dials show no picture or several, or do not say their value`);
 }
 
-async function narrow(page, fault) {
-  await page.setViewportSize({ width: NARROW, height: 844 });
-  const width = await page.evaluate(() => document.documentElement.scrollWidth);
-  if (width > NARROW) fault(`${width} pixels wide on a screen of ${NARROW}`);
+async function fits(page, width, theme, fault) {
+  await page.setViewportSize({ width, height: 900 });
+  const wide = await page.evaluate(() => document.documentElement.scrollWidth);
+  if (wide > width) fault(`${theme}: ${wide} pixels wide on a screen of ${width}`);
 }
 
 async function accessible(page, theme, fault) {
-  await page.evaluate((name) => (document.documentElement.dataset.theme = name), theme);
   await page.evaluate(axe);
   const { violations } = await page.evaluate(() =>
     window.axe.run(document, { preload: false, resultTypes: ["violations"] }),
@@ -113,8 +192,8 @@ async function accessible(page, theme, fault) {
 async function search(context, fault) {
   const page = await open(context, join(html, "search.html"), fault);
   await page.goto(`${page.url()}?q=momentum+attention`);
-  const found = page.locator("#search-results li a").first();
-  await found.waitFor({ timeout: 20000 }).catch(() => fault("search finds nothing"));
+  const found = page.locator("#search-results li p.context").first();
+  await found.waitFor({ timeout: 20000 }).catch(() => fault("search shows no excerpt"));
   await page.close();
 }
 
@@ -139,21 +218,28 @@ const context = await browser.newContext({
   reducedMotion: "reduce",
 });
 await context.setOffline(true);
+context.setDefaultTimeout(120_000);
 const moves = (path) => readFileSync(path, "utf8").includes('http-equiv="Refresh"');
-const all = pages(html).filter((path) => !moves(path));
-for (const path of all) {
+const all = pages(html).filter((path) => path.includes(some) && !moves(path));
+async function check(path) {
   const fault = (text) => faults.push(`${relative(html, path)}: ${text}`);
   const page = await open(context, path, fault);
   await equations(page, fault);
-  for (const theme of ["light", "dark"]) {
-    await figures(page, theme, fault);
-    await accessible(page, theme, fault);
-  }
+  await code(page, fault);
   await solutions(page, fault);
   await dials(page, fault);
-  await narrow(page, fault);
+  await previews(page, fault);
+  for (const theme of ["light", "dark"]) {
+    await page.evaluate((name) => (document.documentElement.dataset.theme = name), theme);
+    for (const width of WIDTHS) await fits(page, width, theme, fault);
+    await figures(page, theme, fault);
+    // the widest screen in light, the narrowest in dark
+    if (theme === "dark") await fits(page, WIDTHS[0], theme, fault);
+    await accessible(page, theme, fault);
+  }
   await page.close();
 }
+for (const path of all) await check(path);
 await lost();
 await search(context, (text) => faults.push(`search.html: ${text}`));
 await browser.close();

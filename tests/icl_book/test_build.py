@@ -209,6 +209,48 @@ def test_the_scoreboard_has_every_claim_and_finding(html, pages):
     assert len(said) > 5
 
 
+def test_all_code_is_folded_but_the_argument_and_solutions(html, pages):
+    for name in chapters():
+        cells = json.loads((ROOT / "book" / f"{name}.ipynb").read_text())["cells"]
+        tags = [cell["metadata"].get("tags", []) for cell in cells]
+        page = pages[html / "book" / f"{name}.html"]
+        seen = page.select("article .cell_input")
+        open_ = [c for c in seen if not c.find_parent("details")]
+        own = [c for c in open_ if not c.find_parent(class_="solution")]
+        assert len(own) == sum("argument" in each for each in tags) > 0, name
+        assert len(seen) > 2 * len(own), name
+        said = page.select("article details.hide p.collapsed")
+        assert {s.get_text() for s in said} == {"Show code", "Show the table"}, name
+
+
+def test_executed_notebooks_can_be_downloaded(html, pages):
+    for name in chapters():
+        (link,) = pages[html / "book" / f"{name}.html"].select(
+            ".btn-download-source-button"
+        )
+        notebook = json.loads((html / "book" / link["href"]).read_text())
+        assert any(cell.get("outputs") for cell in notebook["cells"]), name
+
+
+def test_every_page_says_what_it_is_about(pages, html):
+    seen = set()
+    for path in (html / "book").glob("*.html"):
+        head = pages[path].head
+        said = head.find("meta", attrs={"name": "description"})["content"]
+        assert 60 < len(said) <= 200, f"{path.name}: {said}"
+        assert head.find("meta", property="og:description")["content"] == said
+        seen.add(said)
+    assert len(seen) == len(list((html / "book").glob("*.html")))
+
+
+def test_a_term_says_what_it_means(html, pages):
+    for name in chapters():
+        for link in pages[html / "book" / f"{name}.html"].select(
+            'a[href*="glossary.html#term"]'
+        ):
+            assert len(link["title"]) > 20, f"{name}: {link}"
+
+
 def download(page, kind):
     """Where a file of findings lies below ``_downloads``."""
     (link,) = page.select(f'a.download[href$="findings.{kind}"]')
