@@ -51,14 +51,17 @@ addEventListener("DOMContentLoaded", () => {
   addEventListener("keydown", ({ key }) => key === "Escape" && hide());
 });
 
-// A formula is a stop of the tab key where it is wider than its place and scrolls.
+// Formulas, code and tables are stops of the tab key where they are wider than their place.
 const reach = () => {
-  for (const formula of document.querySelectorAll('mjx-container[display="true"]')) {
-    if (formula.scrollWidth > formula.clientWidth) formula.tabIndex = 0;
-    else formula.removeAttribute("tabindex");
+  for (const box of document.querySelectorAll("article :is(pre, mjx-container, .output)")) {
+    if (box.scrollWidth > box.clientWidth && box.clientWidth) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
   }
 };
-addEventListener("load", () => window.MathJax?.startup?.promise.then(reach));
+addEventListener("load", async () => {
+  await window.MathJax?.startup?.promise;
+  reach();
+});
 addEventListener("resize", reach);
 
 // Buttons are called what they show; a list has no children but its items.

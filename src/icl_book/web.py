@@ -166,7 +166,8 @@ def _light(text, root, names):
 
     text = re.sub(r'\s*<link rel="preload"[^>]*>', "", text)
     text = STYLE.sub("", SCRIPT.sub(script, text))
-    text = re.sub(r'<span class="pre">([^<]*)</span>', r"\1", text)  # a word each
+    # words of a name, and names and brackets of code, which look as the text around
+    text = re.sub(r'<span class="(?:pre|n|p)">([^<]*)</span>', r"\1", text)
     both = (
         f'<link rel="stylesheet" href="{root}{names["css"]}">\n'
         f'<script src="{root}{names["js"]}"></script>\n'

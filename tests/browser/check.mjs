@@ -213,15 +213,17 @@ async function lost() {
 
 const executablePath = process.env.CHROMIUM;
 const browser = await chromium.launch({ executablePath, args: ["--no-sandbox"] });
-const context = await browser.newContext({
-  viewport: { width: 1280, height: 900 },
-  reducedMotion: "reduce",
-});
-await context.setOffline(true);
-context.setDefaultTimeout(120_000);
+async function reader() {
+  const viewport = { width: 1280, height: 900 };
+  const context = await browser.newContext({ viewport, reducedMotion: "reduce" });
+  await context.setOffline(true);
+  context.setDefaultTimeout(120_000);
+  return context;
+}
+
 const moves = (path) => readFileSync(path, "utf8").includes('http-equiv="Refresh"');
 const all = pages(html).filter((path) => path.includes(some) && !moves(path));
-async function check(path) {
+async function check(context, path) {
   const fault = (text) => faults.push(`${relative(html, path)}: ${text}`);
   const page = await open(context, path, fault);
   await equations(page, fault);
@@ -239,9 +241,16 @@ async function check(path) {
   }
   await page.close();
 }
-for (const path of all) await check(path);
+// Two readers, who share the pages and remember nothing of each other's.
+const left = [...all];
+async function read() {
+  const context = await reader();
+  while (left.length) await check(context, left.pop());
+  await context.close();
+}
+await Promise.all([read(), read()]);
 await lost();
-await search(context, (text) => faults.push(`search.html: ${text}`));
+await search(await reader(), (text) => faults.push(`search.html: ${text}`));
 await browser.close();
 for (const text of new Set(faults)) console.log(text);
 if (faults.length) process.exit(1);
