@@ -10,7 +10,7 @@ const [html, file] = process.argv.slice(2).map((path) => resolve(path));
 const executablePath = process.env.CHROMIUM;
 const browser = await chromium.launch({ executablePath, args: ["--no-sandbox"] });
 const page = await browser.newPage();
-const first = join(html, "book", "intro.html");
+const first = join(html, "book", "notation.html"); // has formulas, and so MathJax
 await page.goto(pathToFileURL(first).href);
 const names = await page.$$eval("nav.bd-links a.internal", (links) =>
   links.map((link) => new URL(link.href).pathname.split("/").at(-1)),
@@ -38,6 +38,7 @@ await page.evaluate(
         if (target) link.setAttribute("href", target);
       }
       for (const fold of article.querySelectorAll("details")) fold.open = true;
+      for (const image of article.querySelectorAll("img")) image.loading = "eager";
       const idle = ".headerlink, .toctree-wrapper, script";
       for (const element of article.querySelectorAll(idle)) element.remove();
       for (const folded of article.querySelectorAll(".dropdown, .toggle")) {
