@@ -52,8 +52,9 @@ addEventListener("DOMContentLoaded", () => {
 });
 
 // Formulas, code and tables are stops of the tab key where they are wider than their place.
+const boxes = "article :is(pre, mjx-container, .output, .pst-scrollable-table-container)";
 const reach = () => {
-  for (const box of document.querySelectorAll("article :is(pre, mjx-container, .output)")) {
+  for (const box of document.querySelectorAll(boxes)) {
     if (box.scrollWidth > box.clientWidth && box.clientWidth) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
