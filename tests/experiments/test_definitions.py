@@ -218,3 +218,26 @@ def test_an_epoch_has_every_example_once_in_batches_of_like_length():
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
     assert [*map(list, first)] != [*map(list, second)]
     assert [*map(list, first)] == [*map(list, plan(0))]
+
+
+def test_patches_of_queries():
+    g = torch.Generator().manual_seed(0)
+    X, C = torch.randn(2, 5, 8, generator=g)
+    names = {"torch": torch, "RIDGE": 1e-9}
+    left, right = defined_in("patches", "mean_of", **names)(X, C)
+    each = [np.outer(c, x) / (x @ x) for x, c in zip(X.numpy(), C.numpy(), strict=True)]
+    np.testing.assert_allclose(left @ right, np.mean(each, 0), atol=1e-6)
+    left, right = defined_in("patches", "fit_of", **names)(X, C)
+    np.testing.assert_allclose(left @ right @ X.T, C.T, atol=1e-4)
+
+
+def test_a_shift_of_labels_explains_nothing():
+    explained = defined_in("patches", "explained", calibrated=calibrated)
+    zsl, icl = np.random.default_rng(0).normal(size=(2, 7, 3))
+    shift = np.array([1.0, -2.0, 4.0])
+    assert explained(zsl, zsl, icl) == 0
+    assert explained(zsl + shift, zsl, icl) == pytest.approx(0)
+    assert explained(icl + shift, zsl, icl) == pytest.approx(1)
+    assert explained(icl + shift, zsl, icl, shared=True) < 1
+    half = zsl + (icl - zsl) / 2
+    assert explained(half, zsl, icl) == pytest.approx(3 / 4)
