@@ -255,6 +255,64 @@ def test_icl_update(llama):
             np.testing.assert_allclose(centred[layer, h], both, atol=1e-6)
 
 
+def last_states(model, ids, count, mlp=None):
+    """``A``, ``n``, ``h`` of the last tokens in every layer, and their logits.
+
+    ``mlp(layer, A, n)``, if given, is what the MLPs add instead.
+    """
+    found, undo = [], []
+    for layer, block in enumerate(model.model.layers):
+        at = {}
+
+        def of_norm(module, given, output, at=at):
+            at["A"], at["n"] = given[0][0, -count:], output[0, -count:]
+
+        def of_down(module, given, at=at):
+            at["h"] = given[0][0, -count:]
+
+        def of_mlp(module, given, output, at=at, layer=layer):
+            return output if mlp is None else mlp(layer, at["A"], at["n"])[None]
+
+        norm = block.post_attention_layernorm
+        undo.append(norm.register_forward_hook(of_norm))
+        undo.append(block.mlp.down_proj.register_forward_pre_hook(of_down))
+        undo.append(block.mlp.register_forward_hook(of_mlp))
+        found.append(at)
+    logits = model(torch.tensor([ids]), use_cache=False).logits[0, -count:]
+    for hook in undo:
+        hook.remove()
+    return found, logits
+
+
+def test_a_context_is_a_rank_one_update_of_gated_blocks_for_each_token(llama):
+    """Dherin et al. (2025), for three weights and a norm: all layers, every token."""
+    query = QUERIES[1]
+    told, logits = last_states(llama, PROMPT + query, len(query))
+    ranks, applied = [], []
+
+    def patched(layer, A, n):
+        mlp, C, rows = llama.model.layers[layer].mlp, told[layer], []
+        for t in range(len(query)):
+            turn = torch.outer(C["n"][t] - n[t], n[t]) / (n[t] @ n[t])
+            adds = torch.outer(C["A"][t] - A[t], C["h"][t]) / (C["h"][t] @ C["h"][t])
+            W_g, W_u = (W @ turn for W in (mlp.gate_proj.weight, mlp.up_proj.weight))
+            ranks.extend(torch.linalg.matrix_rank(W) for W in (W_g, W_u, adds))
+            gate = (mlp.gate_proj.weight + W_g) @ n[t]
+            hidden = gate * gate.sigmoid() * ((mlp.up_proj.weight + W_u) @ n[t])
+            rows.append((mlp.down_proj.weight + adds) @ hidden)
+        applied.append(layer)
+        return torch.stack(rows)
+
+    alone, found = last_states(llama, query, len(query), patched)
+    assert applied == [0, 1, 2]
+    assert {int(rank) for rank in ranks} == {1}
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-10)
+    # the patches do something, and blocks above attend to fewer tokens all the same
+    _, plain = last_states(llama, query, len(query))
+    assert (plain - logits).abs().max() > 0.1
+    assert (alone[-1]["A"] - told[-1]["A"]).abs().max() > 1e-3
+
+
 def test_frozen_inputs_meet_updated_projections(llama, update):
     """Layer l's keys are (W_K + ΔW_K) X with the X of the untouched model."""
     ids = [0, 8, 19, 6, 4]
