@@ -137,6 +137,12 @@ def test_solvers_of_one_system():
     one, two = [*scope["descend"](A, b, 0.03, 0.6)][:2]
     again = one + 0.6 * one + 0.03 * (b - (A @ one[..., None])[..., 0])
     torch.testing.assert_close(two, again, rtol=0, atol=1e-12)
+    # Newton squares what is left: I - X_k A = (I - αA²)^(2^k), α = 0.4 of 2/λ²
+    for n, found in enumerate([*scope["newton"](A, b, 0.4)][:5], 1):
+        alpha = 0.8 / torch.linalg.matrix_norm(A, 2)[:, None, None] ** 2
+        left = torch.matrix_power(torch.eye(4) - alpha * A @ A, 2**n)
+        expected = solution - (left @ solution[..., None])[..., 0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 class ReachedError(Exception):
