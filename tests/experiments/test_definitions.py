@@ -9,6 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from scipy.stats import chisquare
 
 from icl.corpora import as_bytes
@@ -88,3 +89,26 @@ def test_a_digit_for_every_label():
     assert encode(None)["predictions"] == ""
     with pytest.raises(IndexError):
         encode(np.eye(37))
+
+
+def test_patches_of_queries():
+    g = torch.Generator().manual_seed(0)
+    X, C = torch.randn(2, 5, 8, generator=g)
+    names = {"torch": torch, "RIDGE": 1e-9}
+    left, right = defined_in("patches", "mean_of", **names)(X, C)
+    each = [np.outer(c, x) / (x @ x) for x, c in zip(X.numpy(), C.numpy(), strict=True)]
+    np.testing.assert_allclose(left @ right, np.mean(each, 0), atol=1e-6)
+    left, right = defined_in("patches", "fit_of", **names)(X, C)
+    np.testing.assert_allclose(left @ right @ X.T, C.T, atol=1e-4)
+
+
+def test_a_shift_of_labels_explains_nothing():
+    explained = defined_in("patches", "explained", calibrated=calibrated)
+    zsl, icl = np.random.default_rng(0).normal(size=(2, 7, 3))
+    shift = np.array([1.0, -2.0, 4.0])
+    assert explained(zsl, zsl, icl) == 0
+    assert explained(zsl + shift, zsl, icl) == pytest.approx(0)
+    assert explained(icl + shift, zsl, icl) == pytest.approx(1)
+    assert explained(icl + shift, zsl, icl, shared=True) < 1
+    half = zsl + (icl - zsl) / 2
+    assert explained(half, zsl, icl) == pytest.approx(3 / 4)
