@@ -130,7 +130,7 @@ def _problem(example, template, n_labels):
 
 #: Text before all examples, and after each: a line break behind what the tokenizer
 #: puts before a text; the same without anything before it; the original code's tokens.
-LAYOUTS = ("newline", "bare", "eos")
+_LAYOUTS = ("newline", "bare", "eos")
 
 
 def prompt_prefix(
@@ -176,8 +176,8 @@ def prompt_prefix(
 
 
 def _layout(tokenizer, layout):
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout {layout!r} is not one of {', '.join(_LAYOUTS)}")
     first, last = tokenizer.bos_token, tokenizer.eos_token
     if layout == "eos":
         if last is None:
