@@ -64,13 +64,15 @@ class Evaluator:
         """:func:`finetune_with_queries` on demonstrations, in their order.
 
         Of the attention queries, those of the examples' own tokens: not of what a
-        layout puts at the front.
+        layout puts at the front. None if the tokenizer does not tell them apart.
         """
         alone = self.prefix()
         texts = [alone + self.task.demonstration(e) for e in examples]
         update, queries = finetune_with_queries(
             self.model, self.tokenizer, texts, learning_rate, **options
         )
+        if not self.tokenizer.is_fast:
+            return update, None
         own = [token_starts(self.tokenizer, text) >= len(alone) for text in texts]
         return update, queries[np.concatenate(own)]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import marking_tokenizer, tiny_model
+from conftest import marking_tokenizer, tiny_model, word_tokenizer
 
 from icl.activations import capture_qkv, read_recording, record
 from icl.comparison import (
@@ -182,6 +182,18 @@ def test_both_learners_are_shown_the_same_tokens(layout, tmp_path):
     _, queries = evaluator.finetune(examples, 0.05)
     run = evaluator.record(tmp_path / "run", examples)["prompt"]
     assert np.isfinite(similarities(run, run, run, queries, owner)["Kendall"].mean)
+
+
+def test_a_tokenizer_without_characters_is_finetuned_all_the_same(model, monkeypatch):
+    tokenizer = word_tokenizer()
+    evaluator, examples = Evaluator(model, tokenizer, TASK), TASK.sample(3, 1)
+    want, _ = evaluator.finetune(examples, 0.05)
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    update, queries = evaluator.finetune(examples, 0.05)
+    assert queries is None
+    assert all(torch.equal(want[name], part) for name, part in update.items())
+    with pytest.raises(ValueError, match="which characters"):
+        demonstration_of_tokens(TASK, examples, tokenizer)
 
 
 def test_similarities_need_the_same_demonstrations(model, tokenizer, tmp_path):
