@@ -191,7 +191,6 @@ def test_the_notebook_is_committed_as_chapters_are():
     for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
         if cell.cell_type == "code":
             assert not cell.outputs
-            assert "hide-input" in cell.metadata.tags
             assert max(map(len, cell.source.splitlines())) <= 78
         if "plt.show()" in cell.source:
             about = cell.metadata.mystnb

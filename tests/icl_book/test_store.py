@@ -212,13 +212,13 @@ def test_committed_tables_say_what_made_them():
     tables = sorted(store.table_path("x").parent.glob("*.csv"))
     assert tables
     for path in tables:
-        _, origin = read_table(path)
+        table, origin = read_table(path)
         assert origin, f"{path.name} has no record of its origin"
         runs = [] if "source" in origin else origin.values()
         for run in runs:
             assert {"command", "commit", "torch"} <= {*run}
             drawn = run.get("data") == "drawn from the seed"
-            assert drawn or {"model", "data_sha256"} <= {*run}
+            assert drawn or {"model", "data_sha256"} <= {*run, *table}
             assert "dirty" not in run["commit"], f"{path.name} is of no commit"
 
 
