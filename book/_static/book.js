@@ -52,7 +52,7 @@ addEventListener("DOMContentLoaded", () => {
 });
 
 // Formulas, code and tables are stops of the tab key where they are wider than their place.
-const boxes = "article :is(pre, mjx-container, .question, .output, .pst-scrollable-table-container)";
+const boxes = "article :is(pre, mjx-container, .output, .pst-scrollable-table-container)";
 const reach = () => {
   for (const box of document.querySelectorAll(boxes)) {
     if (box.scrollWidth > box.clientWidth && box.clientWidth) box.tabIndex = 0;
