@@ -165,12 +165,12 @@ def prompt_prefix(
         def used(n):
             return token_counts(tokenizer, [start + "".join(pieces[:n])])[0]
 
-        if used(len(pieces)) > room:
+        if (taken := used(len(pieces))) > room:
             fit = next(n for n in range(len(pieces))[::-1] if not n or used(n) <= room)
             raise ValueError(
-                f"{len(pieces)} demonstrations of {task.name} take "
-                f"{used(len(pieces))} tokens, but beside the longest query the "
-                f"model's {context} leave {room}: {fit} demonstrations fit"
+                f"{len(pieces)} demonstrations of {task.name} take {taken} tokens, "
+                f"but beside the longest query the model's {context} leave {room}: "
+                f"{fit} demonstrations fit"
             )
     return start + "".join(pieces)
 
@@ -188,7 +188,7 @@ def _layout(tokenizer, layout):
         return first or "", last
     if layout == "bare":
         return "", "\n"
-    puts = first and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    puts = first and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return (first if puts else "") + "\n", "\n"
 
 
@@ -203,9 +203,8 @@ def token_starts(tokenizer, text: str) -> Int[np.ndarray, " T"]:
         raise ValueError(f"{name} does not say which characters a token is of")
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     start, end = np.array(spans["offset_mapping"], int).reshape(-1, 2).T
-    return np.where(
-        start < end, start, np.append(0, end)[:-1]
-    )  # spans leave out blanks
+    # a span leaves out blanks, and that of a token of blanks is empty
+    return np.where(start < end, start, np.append(0, end)[:-1])
 
 
 def demonstration_of_tokens(

@@ -275,9 +275,9 @@ def at_best_rate(measure: str, seeds=1, **where) -> tuple[pd.Series, pd.DataFram
     Returns:
         ``(rates, values)``: the rate of each arm; a row a seed, a column an arm.
     """
-    where = {"corpus": "shakespeare", "positions": "rotary", "size": "1m"} | where
+    usual = dict(corpus="shakespeare", positions="rotary", size="1m", steps=600)
     rows, _ = read_table("language_models")
-    for column, value in ({"steps": 600} | where).items():
+    for column, value in (usual | where).items():
         rows = rows[rows[column] == value]
     rows = rows[rows.step == rows.steps]
     search = rows[(rows.measure == "validation") & (rows.seed == 0)]
