@@ -2,8 +2,9 @@ r"""Softmax attention as the prediction of a kernel model after one gradient ste
 
 The features of a finite set that make the softmax kernel, :math:`\exp(x^\top y) =
 \phi(x)^\top \phi(y)`; the *dual model* :math:`f(z) = W \phi(z)` of Ren and Liu (2024)
-with its loss; and causal random-feature attention in linear time, which has the
-logarithms of its features, since these overflow long before attention does.
+with its loss; shorter queries and keys for the same attention; and causal
+random-feature attention in linear time, which has the logarithms of its features, since
+these overflow long before attention does.
 
 Scores are plain inner products ``query @ key.mT``: a factor ``1/√d`` belongs
 into the queries (as :func:`icl.activations.capture_qkv` has it).
@@ -94,6 +95,36 @@ def contrastive_loss(
             f"positive step size eta, not {eta}"
         )
     return -(values * (phi @ W.mT)).sum() / (eta * D)
+
+
+def balance(query: _Tokens, key: _Tokens) -> tuple[_Tokens, _Tokens]:
+    r"""Queries and keys with the same attention, and the least mean of ``|q + k|²``.
+
+    One vector added to all keys changes no softmax, and neither do queries :math:`Aq`
+    with keys :math:`A^{-\top}k`. The best vector makes the mean of the keys minus that
+    of the queries. The best matrix has :math:`A^\top A = C_q^{-1/2}(C_q^{1/2} C_k
+    C_q^{1/2})^{1/2} C_q^{-1/2}`, with the second moments of centred queries and keys.
+    These have a ridge of a thousandth of their mean, against directions that no token
+    has. Means and moments are over all tokens, later ones included.
+    """
+    centred = [x - x.mean(-2, keepdim=True) for x in (query, key)]
+    C_q, C_k = map(_moments, centred)
+    root = _power(C_q, 0.5)
+    inverse = torch.linalg.inv(root)
+    A = _power(inverse @ _power(root @ C_k @ root, 0.5) @ inverse, 0.5)
+    query = query @ A
+    return query, centred[1] @ torch.linalg.inv(A) - query.mean(-2, keepdim=True)
+
+
+def _moments(x):
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    ridge = 1e-3 * x.square().mean((-2, -1))[..., None, None]
+    return x.mT @ x / x.shape[-2] + ridge * identity
+
+
+def _power(C, exponent):
+    eigenvalues, U = torch.linalg.eigh(C)
+    return (U * eigenvalues[..., None, :] ** exponent) @ U.mT
 
 
 def streaming_attention(

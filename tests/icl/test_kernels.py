@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icl.kernels import (
+    balance,
     contrastive_loss,
     gram_features,
     initial_weight,
@@ -215,6 +216,47 @@ def test_gram_features_name_the_norm_that_overflows(dtype):
         z[1, 0] = bad
         with pytest.raises(ValueError, match=f"{bad}"):
             gram_features(z)
+
+
+# -- shorter queries and keys --------------------------------------------------
+
+
+def uneven(g, *size):
+    """Vectors off the origin, longer along some directions than along others."""
+    d = size[-1]
+    return vectors(g, *size) @ vectors(g, d, d) + 3 * vectors(g, d)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=SEEDS, T=st.integers(2, 40), d=st.integers(1, 6))
+def test_balanced_heads_attend_alike(seed, T, d):
+    g = generator(seed)
+    q, k = uneven(g, T, d), uneven(g, T, d)
+    v = vectors(g, T, 3)
+    balanced = balance(q, k)
+    for i in range(T):
+        got = softmax_attention(balanced[0][i], balanced[1], v)
+        np.testing.assert_allclose(got, softmax_attention(q[i], k, v), atol=1e-8)
+
+
+def test_balanced_heads_are_the_shortest():
+    """None of many other shifts and matrices gives a smaller mean |q + k|²."""
+    g = generator(3)
+    q, k = uneven(g, 2, 500, 4), uneven(g, 2, 500, 4)
+    q, k = balance(q, k)
+
+    def size(q, k):  # over all pairs of a query and a key
+        q, k = q.numpy(), k.numpy()
+        return np.square(q[:, :, None] + k[:, None]).sum(-1).mean((1, 2))
+
+    least = size(q, k)
+    for scale in (0.05, 0.3):
+        for _ in range(20):
+            A = torch.eye(4, dtype=F64) + scale * vectors(g, 4, 4)
+            shift = scale * vectors(g, 4)
+            other = size(q @ A.mT, k @ torch.linalg.inv(A) + shift)
+            assert (least < 1.001 * other).all()
+    assert (least < 0.5 * size(2 * q, k / 2)).all()
 
 
 # -- streaming ----------------------------------------------------------------
