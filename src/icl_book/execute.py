@@ -23,7 +23,6 @@ from pathlib import Path
 import nbformat
 import papermill
 import psutil
-import yaml
 from filelock import FileLock, Timeout
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -50,56 +49,36 @@ KERNEL_ENV = {
 # -- parameters ----------------------------------------------------------------------
 
 
-class Loader(yaml.SafeLoader):
-    """YAML with the numbers of JSON: 010 is not 8, 1:30 not 90, .nan a word."""
-
-    def number(self, node):
-        try:
-            return json.loads(node.value)
-        except ValueError:
-            return node.value
-
-
-for kind in ("int", "float"):
-    Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.number)
-
-
 @dataclass(frozen=True)
 class Parameter:
     """One line of a parameters cell: ``name: type = literal  # allowed: help``.
 
-    ``a | b | c`` allows three words, ``1..7`` a range; without either, any value of
-    the type (str, int, float, bool or list) is allowed.
+    The type is str, int or float. ``a | b | c`` allows three words, ``1..7`` a range;
+    without either, any value of the type is allowed.
     """
 
     name: str
-    default: object
+    default: str | int | float
     allowed: tuple
     help: str
 
     def check(self, value):
-        """A value in the parameter's type; ValueError if it is not allowed."""
-        kind, given = type(self.default), f"{self.name}={value}"
-        if kind is not str and isinstance(value, str):
-            with suppress(yaml.YAMLError):
-                value = yaml.load(value, Loader)
-        if kind is float and not isinstance(value, bool):
-            with suppress(TypeError, ValueError):
-                value = float(value)  # YAML takes 1e-3 for a word and 1 for an int
-        if type(value) is not kind:
-            default = f"default {self.default!r}"
-            raise ValueError(f"{given} is not of type {kind.__name__} ({default})")
-        try:
-            json.dumps(value, allow_nan=False)  # a record and a notebook are JSON
-        except (TypeError, ValueError):
-            raise ValueError(f"{given} is not finite, or no JSON") from None
-        if self.allowed and kind is str and value not in self.allowed:
-            raise ValueError(f"{given} is not one of {', '.join(self.allowed)}")
-        if self.allowed and kind is not str:
-            low, high = self.allowed
-            if not low <= value <= high:
-                raise ValueError(f"{given} is outside {low}..{high}")
-        return value
+        """A value, or its text, in the parameter's type; ValueError if not allowed."""
+        kind = type(self.default)
+        with suppress(ValueError):
+            found = kind(str(value))
+            if not isinstance(value, list | dict) and self._allows(found):
+                return found
+        choice = (", " if kind is str else "..").join(map(str, self.allowed))
+        choice = f"{kind.__name__}, {choice}" if choice else kind.__name__
+        raise ValueError(f"{self.name}={value} must be {choice}")
+
+    def _allows(self, value):
+        if isinstance(value, str):
+            return not self.allowed or value in self.allowed
+        most = sys.float_info.max  # so that it is finite
+        low, high = self.allowed or (-most, most)
+        return low <= value <= high
 
 
 def read_parameters(notebook: Path) -> dict[str, Parameter]:
@@ -121,7 +100,8 @@ def parameters_in(cell, where: str) -> dict[str, Parameter]:
             default = ast.literal_eval(line)
         except (ValueError, SyntaxError):
             default = None
-        if type(default).__name__ != kind or not text:
+        right = kind in ("str", "int", "float") and kind == type(default).__name__
+        if not right or not text:
             raise BookError(
                 f"{where}, parameters cell: write {name}: type = literal  "
                 f"# help, not {name}: {kind} = {line}  # {text}"
@@ -131,7 +111,7 @@ def parameters_in(cell, where: str) -> dict[str, Parameter]:
         allowed = ()
         if words and kind == "str":
             allowed, text = tuple(words[1].split(" | ")), words[2]
-        elif bounds and kind in ("int", "float"):
+        elif bounds and kind != "str":
             allowed = tuple(map(type(default), bounds.groups()[:2]))
             text = bounds[3]
         found[name] = Parameter(name, default, allowed, text)
