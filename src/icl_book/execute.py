@@ -24,9 +24,9 @@ import nbformat
 import papermill
 import psutil
 from filelock import FileLock, Timeout
+from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
-from jupyter_client.provisioning import LocalProvisioner
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.translators import PythonTranslator
 
@@ -233,15 +233,6 @@ def _of_file(path, size, modified):
 # -- a run ---------------------------------------------------------------------------
 
 
-class Provisioner(LocalProvisioner):
-    """Starts a kernel of this Python, whatever other kernels there are."""
-
-    async def launch_kernel(self, cmd, **options):
-        file, options["env"] = self.parent.connection_file, self.parent.environment
-        command = [sys.executable, "-P", "-m", "ipykernel_launcher", "-f", file]
-        return await super().launch_kernel(command, **options)
-
-
 def data_folder() -> str:
     """``ICL_DATA`` from the root of the file system on, "" if it is not set."""
     given = os.environ.get("ICL_DATA")
@@ -260,19 +251,21 @@ def kernel_env(threads=None) -> dict[str, str]:
 
 
 def kernel_manager(folder, threads=None):
-    """A class of kernel managers for papermill; sockets are files in ``folder``."""
+    """A class of kernel managers for papermill, of kernels of this Python, whatever
+    other kernels there are; sockets are files in ``folder``."""
+    environment = kernel_env(threads)
 
     class Manager(AsyncKernelManager):
-        kernel_spec = KernelSpec(display_name="Python 3", language="python")
-        environment = kernel_env(threads)
+        kernel_spec = KernelSpec(**get_kernel_dict(python_arguments=["-P"]))
         peak = 0
 
         def __init__(self, **options):
             super().__init__(**options, transport="ipc", ip=f"{folder}/socket")
             self.connection_file = f"{folder}/kernel.json"
-            spec = {"kernel_spec": self.kernel_spec, "kernel_id": "run"}
-            self.provisioner = Provisioner(parent=self, **spec)
             Manager.last = self
+
+        async def start_kernel(self, **options):
+            await super().start_kernel(**options, env=environment)
 
         @classmethod
         def watch(cls, **_):
