@@ -333,8 +333,8 @@ def run_once(run: Run, limit=LIMIT, progress=False) -> dict:
     """Make a run, within ``limit`` seconds, unless its result is there.
 
     Returns:
-        the record: ``rows`` and ``facts`` that the notebook has entered, ``seconds``,
-        ``peak_gb``, ``cached`` (whether the result was there) and more.
+        the record: ``rows``, ``facts`` and ``findings`` that the notebook has entered,
+        ``seconds``, ``peak_gb``, ``cached`` (whether the result was there) and more.
 
     Raises:
         BookError: the notebook failed; the run's folder has it up to there.
@@ -357,7 +357,8 @@ def run_once(run: Run, limit=LIMIT, progress=False) -> dict:
 
 
 def _execute(run, scratch, sockets, limit, progress):
-    started, cell, error, rows, facts = time.perf_counter(), {}, None, [], {}
+    started, cell, error = time.perf_counter(), {}, None
+    rows, facts, findings = [], {}, []
     manager = kernel_manager(sockets, run.threads)
     braces = {123: "{{", 125: "}}"}  # what stands in one, papermill fills in
     try:
@@ -374,7 +375,7 @@ def _execute(run, scratch, sockets, limit, progress):
             on_cell_start=lambda cell_index, **now: cell.update(now["cell"]),
             on_cell_executed=manager.watch,
         )
-        rows, facts = entered(done)
+        rows, facts, findings = entered(done.cells)
     except papermill.PapermillExecutionError as problem:
         where, why = f"In [{problem.exec_count}]", f"{problem.ename}: {problem.evalue}"
         error = f"{where} failed with {why}"
@@ -389,24 +390,21 @@ def _execute(run, scratch, sockets, limit, progress):
         "error": error,
         "rows": rows,
         "facts": facts,
+        "findings": findings,
         "seconds": round(time.perf_counter() - started, 2),
         "peak_gb": round(manager.peak / 2**30, 3),
         "made": store.environment() | {"threads": run.threads},
     }
 
 
-def findings_of(notebook) -> list[dict]:
-    """What :func:`icl_book.page.finding` left in an executed notebook."""
-    outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", ())]
-    glued = [o for o in outputs if "scrapbook" in o.get("metadata", {})]
-    return [ast.literal_eval("".join(*o["data"].values())) for o in glued]
-
-
-def entered(notebook) -> tuple[list[dict], dict]:
-    """Rows and facts that an executed notebook has entered by
-    :func:`icl_book.page.result`."""
-    outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
-    data = [output.get("data", {}) for output in outputs]
-    found = [part[store.RESULT] for part in data if store.RESULT in part]
-    rows = [{**row} for part in found for row in part["rows"]]
-    return rows, {name: v for part in found for name, v in part["facts"].items()}
+def entered(cells) -> tuple[list[dict], dict, list[dict]]:
+    """Rows, facts and findings that executed cells have entered, by
+    :func:`icl_book.page.result` and :func:`icl_book.page.finding`."""
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    parts = [
+        o["data"][store.RESULT] for o in outputs if store.RESULT in o.get("data", ())
+    ]
+    rows = [{**row} for part in parts for row in part.get("rows", ())]
+    facts = [item for part in parts for item in part.get("facts", {}).items()]
+    findings = [{**row} for part in parts for row in part.get("findings", ())]
+    return rows, dict(facts), findings

@@ -168,22 +168,14 @@ def finding(
         on: model and data.
         form: format of the numbers.
     """
-    from myst_nb import glue  # seconds
-
-    rules = {"above": above, "below": below, "within": within}
-    (side, bar), *more = [
-        *((k, v) for k, v in rules.items() if v is not None),
-        *([("checked", 0)] if checked is not None else []),
-    ] or [(None, None)]
-    if side is None or more or (interval is None) != (side == "checked"):
+    rules = dict(above=above, below=below, within=within, checked=checked)
+    given = [(name, value) for name, value in rules.items() if value is not None]
+    if len(given) != 1 or (interval is None) != (checked is not None):
         raise ValueError(
             f"{statement!r}: give either an interval with one of above, below and "
             "within, or the check that shows it"
         )
-    if published is not None and not (len(published) == 3 and all(published)):
-        raise ValueError(
-            f"{statement!r}: {published!r} is no published value, source and unit"
-        )
+    ((side, bar),) = given
     role = "control" if control else "claim"
     row = {"claim": claim, "statement": statement, "role": role, "side": side, "on": on}
     row["published"] = list(published or ())
@@ -195,20 +187,20 @@ def finding(
         row |= {"here": f"to {errors[checked]:.0e}"}
     else:
         mean, low, high = interval
-        if not -np.inf < low <= mean <= high < np.inf:
-            raise ValueError(f"{statement!r}: {low} .. {high} is no interval of {mean}")
+        ordered = -np.inf < low <= mean <= high < np.inf
+        if not (ordered and interval.unit and np.isfinite(interval.error)):
+            raise ValueError(
+                f"{statement!r}: {interval} over {interval.unit!r} is no interval; see "
+                "icl.metrics"
+            )
         if not np.isfinite(bar) or (side == "within" and bar <= 0):
             raise ValueError(f"{statement!r}: {side}={bar} is no number to compare to")
-        if not getattr(interval, "unit", ""):
-            raise ValueError(
-                f"{statement!r}: an interval over nothing; see icl.metrics"
-            )
         row |= {"mean": mean, "low": low, "high": high, "bar": float(bar)}
         row |= {"unit": interval.unit, "count": interval.count, "error": interval.error}
         row |= {"freedom": min(interval.freedom, 1e9), "here": f"{interval:{form}}"}
         row["detectable"] = interval.detectable
     _findings.append(row)
-    glue(statement, row, display=False)
+    display({RESULT: {"findings": [_entries(row)]}}, raw=True)
 
 
 def result(*rows, facts=None, **columns) -> None:

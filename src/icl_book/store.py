@@ -24,7 +24,7 @@ COSTS = ("seconds", "peak_gb", "fingerprint")  # columns of a sweep's table
 MADE = {"command", "runs", "commit", "python", "machine", "threads"} | {
     *PACKAGES
 }  # facts of every table's record
-#: The type of a notebook's output that holds rows for a table.
+#: The type of a notebook's output that holds rows for a table, or findings.
 RESULT = "application/vnd.icl.result+json"
 NOTEBOOK, RECORD = "run.ipynb", "record.json"
 TEXT = {"predictions": str, "calibrated": str}  # columns of digits that are no numbers
