@@ -66,9 +66,9 @@ def subspace_overlap(
     return tuple(part.square().sum((-1, -2)) / rank for part in (left, right))
 
 
-def encode_prompt(task, demonstrations, tokenizer, context=None) -> list[int]:
+def encode_prompt(task, demonstrations, tokenizer) -> list[int]:
     """Token ids of :func:`icl.tasks.prompt_prefix`."""
-    prefix = prompt_prefix(task, demonstrations, tokenizer, context=context)
+    prefix = prompt_prefix(task, demonstrations, tokenizer)
     return tokenizer(prefix, add_special_tokens=False)["input_ids"]
 
 
