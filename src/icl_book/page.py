@@ -2,9 +2,7 @@
 
 import base64
 import datetime
-import html
 import io
-import json
 import sys
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pandas as pd
 from IPython import get_ipython
 from IPython.display import HTML, Markdown, display
+from jinja2 import Environment, PackageLoader
 
 from icl_book.scoreboard import asked, over
 from icl_book.store import COSTS, MADE, RESULT, ROOT, environment, read_table
@@ -303,30 +302,15 @@ def slider(draw, values, name, alt, caption, start=0) -> HTML:
         start: number of the value at first.
     """
     pictures = []
-    for n, value in enumerate(values):
+    for value in values:
         figure, file = draw(value), io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
         plt.close(figure)
         picture = base64.b64encode(file.getvalue()).decode()
-        what = html.escape(f"{alt} Here {name} is {value:g}.")
-        hidden = "" if n == start else " hidden"
-        source = f"data:image/svg+xml;base64,{picture}"
-        pictures.append(f'<img src="{source}" alt="{what}"{hidden}>')
-    seen = html.escape(json.dumps([f"{value:g}" for value in values]))
-    move = (
-        "const f = this.closest('figure'); "
-        "f.querySelectorAll('img').forEach((i, n) => i.hidden = n != this.value); "
-        "const value = JSON.parse(f.dataset.seen)[this.value]; "
-        "f.querySelector('output').value = value; "
-        "this.setAttribute('aria-valuetext', value);"
-    )
-    return HTML(
-        f'<figure class="dial" data-seen="{seen}"><label>{html.escape(name)} '
-        f'<input type="range" min="0" max="{len(values) - 1}" value="{start}" '
-        f'aria-valuetext="{values[start]:g}" oninput="{move}"></label> '
-        f'<output aria-hidden="true">{values[start]:g}</output>'
-        f"{''.join(pictures)}<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+        pictures.append((f"{value:g}", picture))
+    templates = Environment(loader=PackageLoader("icl_book", "."), autoescape=True)
+    seen = dict(pictures=pictures, name=name, alt=alt, caption=caption, start=start)
+    return HTML(templates.get_template("slider.html.jinja").render(seen))
 
 
 def checks() -> pd.DataFrame:
