@@ -1,6 +1,5 @@
 """Build the book from what its chapters gave, each run once."""
 
-import csv
 import json
 import os
 import re
@@ -140,8 +139,7 @@ def _assemble(records, scale, folder):
     shutil.copytree(ROOT / "book", source / "book", ignore=_not_pages)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, source / name)
-    executions = [["chapter", "scale", "seconds", "peak memory, GB"]]
-    found, texts = {}, {}
+    executions, found, texts = [], {}, {}
     for name, record in records.items():
         page = executed_page(chapter_path(name), record["folder"] / NOTEBOOK)
         if name not in chapters():
@@ -169,8 +167,9 @@ def _assemble(records, scale, folder):
     rows.to_csv(source / "book" / "findings.csv", index=False)
     data = json.dumps(cards, indent=1, ensure_ascii=False)
     (source / "book" / "findings.json").write_text(data, encoding="utf-8")
-    with open(source / "book" / "execution.csv", "w", newline="") as table:
-        csv.writer(table).writerows(executions)
+    columns = ["chapter", "scale", "seconds", "peak memory, GB"]
+    table = pd.DataFrame(executions, columns=columns)
+    table.to_csv(source / "book" / "execution.csv", index=False)
     _unpack_mathjax(source / "_mathjax" / "mathjax")
     return source
 
