@@ -28,13 +28,6 @@ _Values = Float[Tensor, "*batch n d_o"]
 _Matrix = Float[Tensor, "*batch d_o d"]
 
 
-def linear_attention(
-    values: Float[Tensor, "n d_o"], keys: Float[Tensor, "n d"], query: _Query
-) -> Float[Tensor, "*batch d_o"]:
-    """Unnormalised linear attention, ``Σ_i v_i (k_iᵀ q)`` (Dai et al. 2023, eq. 9)."""
-    return (query @ keys.mT) @ values
-
-
 class KeyValueUpdate(NamedTuple):
     """``ΔW_FT`` of linear attention, in three parts (Dai et al. 2023, eq. 13)."""
 
