@@ -30,6 +30,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.translators import PythonTranslator
 
+from icl.assets import sha256
 from icl_book import store
 from icl_book.store import NOTEBOOK, ROOT, BookError, table_path
 
@@ -226,8 +227,7 @@ def _of_files(paths):
 
 @lru_cache(4096)
 def _of_file(path, size, modified):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 # -- a run ---------------------------------------------------------------------------
