@@ -20,6 +20,8 @@ import json
 import re
 from pathlib import Path
 
+from icl_book.extension import used_names
+
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"icl": 5000, "icl_book": 1300}  # lines with docstrings
 DEFINED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -48,32 +50,12 @@ def definitions(tree: ast.Module) -> dict[str, ast.stmt]:
     return {name: node for name, node in found.items() if not name.startswith("_")}
 
 
-def taken(tree: ast.AST) -> set[str]:
-    """Full names that code takes from ``icl``, ``icl.module.name``."""
-    known, names = {}, set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and re.match(r"icl\b", node.module or ""):
-            for name in node.names:
-                known[name.asname or name.name] = f"{node.module}.{name.name}"
-        elif isinstance(node, ast.Import):
-            for name in node.names:
-                if name.name.split(".")[0] == "icl":
-                    known[name.asname or "icl"] = name.name if name.asname else "icl"
-    names.update(known.values())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
-            base, _, rest = ast.unparse(node).partition(".")
-            if base in known:
-                names.add(f"{known[base]}.{rest}")
-    return names
-
-
 def taken_by_text(text: str) -> set[str]:
     """The same of Markdown: its Python blocks, and full names wherever they stand."""
     names = set(re.findall(r"\bicl(?:\.\w+)+", text))
     names |= {f"{name}.main" for name in re.findall(r"-m (icl(?:\.\w+)+)", text)}
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    return names | taken(ast.parse("\n".join(blocks)))
+    return names | used_names(ast.parse("\n".join(blocks)))
 
 
 def taken_by_notebook(path: Path) -> set[str]:
@@ -82,7 +64,7 @@ def taken_by_notebook(path: Path) -> set[str]:
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         parts[cell["cell_type"]].append("".join(cell["source"]))
     code, text = ("\n".join(parts[kind]) for kind in ("code", "markdown"))
-    return taken(ast.parse(code)) | taken_by_text(text)
+    return used_names(ast.parse(code)) | taken_by_text(text)
 
 
 def callers() -> set[str]:
@@ -94,7 +76,7 @@ def callers() -> set[str]:
     scripts = sorted((ROOT / "benchmarks").glob("*.py"))
     package = [p for p in modules("icl").values() if p.name != "__init__.py"]
     for path in [*scripts, *package, *modules("icl_book").values()]:
-        names |= taken(ast.parse(path.read_text(encoding="utf-8")))
+        names |= used_names(ast.parse(path.read_text(encoding="utf-8")))
     pages = [p for p in (ROOT / "book").glob("*.md") if p.name != "api.md"]
     for path in [*pages, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
         names |= taken_by_text(path.read_text(encoding="utf-8"))

@@ -42,9 +42,8 @@ class Evaluator:
     layout: str = "newline"
 
     def prefix(self, examples=()) -> str:
-        """What stands before a query; demonstrations that do not fit are refused."""
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        return prompt_prefix(self.task, examples, self.tokenizer, self.layout, context)
+        """What stands before a query."""
+        return prompt_prefix(self.task, examples, self.tokenizer, self.layout)
 
     def score(self, examples=()) -> Float[np.ndarray, "N C"]:
         """:func:`icl.scoring.score` behind demonstrations."""

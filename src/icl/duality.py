@@ -28,13 +28,6 @@ _Values = Float[Tensor, "*batch n d_o"]
 _Matrix = Float[Tensor, "*batch d_o d"]
 
 
-def linear_attention(
-    values: Float[Tensor, "n d_o"], keys: Float[Tensor, "n d"], query: _Query
-) -> Float[Tensor, "*batch d_o"]:
-    """Unnormalised linear attention, ``Σ_i v_i (k_iᵀ q)`` (Dai et al. 2023, eq. 9)."""
-    return (query @ keys.mT) @ values
-
-
 class KeyValueUpdate(NamedTuple):
     """``ΔW_FT`` of linear attention, in three parts (Dai et al. 2023, eq. 13)."""
 
@@ -66,9 +59,9 @@ def subspace_overlap(
     return tuple(part.square().sum((-1, -2)) / rank for part in (left, right))
 
 
-def encode_prompt(task, demonstrations, tokenizer, context=None) -> list[int]:
+def encode_prompt(task, demonstrations, tokenizer) -> list[int]:
     """Token ids of :func:`icl.tasks.prompt_prefix`."""
-    prefix = prompt_prefix(task, demonstrations, tokenizer, context=context)
+    prefix = prompt_prefix(task, demonstrations, tokenizer)
     return tokenizer(prefix, add_special_tokens=False)["input_ids"]
 
 

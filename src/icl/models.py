@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -165,9 +164,8 @@ def built_in(name=DEFAULT) -> Path:
     """
     folder = cache_dir() / "models" / f"{name}-{ASSETS[name].sha256[:12]}"
     if folder.exists():
-        if not (folder / _HASHES).exists():  # of an earlier version
-            _write_hashes(folder)
-        if _hashes(folder) != json.loads((folder / _HASHES).read_text()):
+        known = folder / _HASHES
+        if not known.exists() or _hashes(folder) != json.loads(known.read_text()):
             raise AssetError(
                 f"a file in {folder} is not the one that was converted: its SHA-256 "
                 "is another. Delete the folder and run again."
@@ -193,7 +191,8 @@ def built_in(name=DEFAULT) -> Path:
             model.load_state_dict(dequantised.state_dict())
             model.save_pretrained(scratch / "out")
             tokenizer.save_pretrained(scratch / "out")
-        _write_hashes(scratch / "out")
+        hashes = json.dumps(_hashes(scratch / "out"))
+        (scratch / "out" / _HASHES).write_text(hashes)
         if not folder.exists():  # another process may have been first
             (scratch / "out").rename(folder)
     finally:
@@ -202,14 +201,8 @@ def built_in(name=DEFAULT) -> Path:
 
 
 def _hashes(folder):
-    files = (p for p in folder.iterdir() if p.is_file() and _HASHES not in p.name)
-    return {path.name: sha256(path) for path in files}
-
-
-def _write_hashes(folder):
-    partial = folder / f"{_HASHES}.{os.getpid()}"
-    partial.write_text(json.dumps(_hashes(folder)))
-    partial.rename(folder / _HASHES)
+    files = [path for path in folder.iterdir() if path.name != _HASHES]
+    return {path.name: sha256(path) for path in files if path.is_file()}
 
 
 def untrained(model, seed, keep=()):

@@ -160,8 +160,7 @@ class Packing:
             raise ValueError(
                 f"the prompt is too long: {self.shown} tokens of demonstrations and "
                 f"{longest} of the longest query with its label, but the model holds "
-                f"{context}; give fewer demonstrations (prompt_prefix(..., "
-                "context=...) says how many fit)"
+                f"{context}; give fewer demonstrations"
             )
 
     def _read_prefix(self):

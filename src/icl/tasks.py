@@ -133,9 +133,7 @@ def _problem(example, template, n_labels):
 _LAYOUTS = ("newline", "bare", "eos")
 
 
-def prompt_prefix(
-    task: Task, demonstrations, tokenizer, layout="newline", context=None
-) -> str:
+def prompt_prefix(task: Task, demonstrations, tokenizer, layout="newline") -> str:
     """All that stands before a query: an opening and demonstrations.
 
     Args:
@@ -146,33 +144,13 @@ def prompt_prefix(
             demonstration; ``"bare"``: without the opening; ``"eos"``, as in the
             original code: the beginning-of-text token first, the end-of-text token
             after each demonstration.
-        context: how many tokens the model can take; by default nothing is checked.
 
     Raises:
         ValueError: an unknown layout, or one that needs a token which the tokenizer
-            does not have; the demonstrations and the longest query do not fit into
-            ``context``, and the message says how many demonstrations do.
+            does not have.
     """
     start, after = _layout(tokenizer, layout)
-    pieces = [task.demonstration(example) + after for example in demonstrations]
-    if context is not None:
-        queries = [start + task.query(example) for example in task.evaluation]
-        words = [task.blank + word for word in task.label_words]
-        room = context - max(token_counts(tokenizer, words))
-        room -= max(token_counts(tokenizer, queries))
-        room += sum(token_counts(tokenizer, [start]))
-
-        def used(n):
-            return token_counts(tokenizer, [start + "".join(pieces[:n])])[0]
-
-        if (taken := used(len(pieces))) > room:
-            fit = next(n for n in range(len(pieces))[::-1] if not n or used(n) <= room)
-            raise ValueError(
-                f"{len(pieces)} demonstrations of {task.name} take {taken} tokens, "
-                f"but beside the longest query the model's {context} leave {room}: "
-                f"{fit} demonstrations fit"
-            )
-    return start + "".join(pieces)
+    return start + "".join(task.demonstration(e) + after for e in demonstrations)
 
 
 def _layout(tokenizer, layout):
@@ -216,13 +194,11 @@ def demonstration_of_tokens(
         0 for tokens of the first demonstration and so on, -1 for what stands before,
         between and after them.
     """
-    whole, owner = prompt_prefix(task, [], tokenizer, layout), [-1]
-    owner *= len(whole)
-    _, after = _layout(tokenizer, layout)
+    start, after = _layout(tokenizer, layout)
+    owner = [-1] * len(start)
     for number, example in enumerate(demonstrations):
-        text = task.demonstration(example)
-        owner += [number] * len(text) + [-1] * len(after)
-        whole += text + after
+        owner += [number] * len(task.demonstration(example)) + [-1] * len(after)
+    whole = prompt_prefix(task, demonstrations, tokenizer, layout)
     return np.array(owner, int)[token_starts(tokenizer, whole)]
 
 

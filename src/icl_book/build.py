@@ -1,6 +1,5 @@
 """Build the book from what its chapters gave, each run once."""
 
-import csv
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from filelock import FileLock
 
 from icl.assets import ASSETS, cache_dir, fetch
 from icl_book import execute
-from icl_book.execute import SOURCE_DATE_EPOCH, findings_of, read_parameters
+from icl_book.execute import SOURCE_DATE_EPOCH, entered, read_parameters
 from icl_book.scoreboard import (
     check_numbers,
     judge,
@@ -140,8 +139,7 @@ def _assemble(records, scale, folder):
     shutil.copytree(ROOT / "book", source / "book", ignore=_not_pages)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, source / name)
-    executions = [["chapter", "scale", "seconds", "peak memory, GB"]]
-    found, texts = {}, {}
+    executions, found, texts = [], {}, {}
     for name, record in records.items():
         page = executed_page(chapter_path(name), record["folder"] / NOTEBOOK)
         if name not in chapters():
@@ -151,8 +149,7 @@ def _assemble(records, scale, folder):
             continue
         seconds, memory = f"{record['seconds']:.0f}", f"{record['peak_gb']:.1f}"
         executions.append([f"{{doc}}`{name}`", scale, seconds, memory])
-        found[name] = findings_of(page)
-        page.cells = list(_with_anchors(page.cells))
+        found[name] = record["findings"]
         facts = [f"{seconds} s", f"{memory} GB", f"{os.cpu_count()} cores"]
         badges = " ".join(f"{{bdg-primary-line}}`{fact}`" for fact in facts)
         title, *rest = page.cells[0].source.split("\n", 1)
@@ -170,8 +167,9 @@ def _assemble(records, scale, folder):
     rows.to_csv(source / "book" / "findings.csv", index=False)
     data = json.dumps(cards, indent=1, ensure_ascii=False)
     (source / "book" / "findings.json").write_text(data, encoding="utf-8")
-    with open(source / "book" / "execution.csv", "w", newline="") as table:
-        csv.writer(table).writerows(executions)
+    columns = ["chapter", "scale", "seconds", "peak memory, GB"]
+    table = pd.DataFrame(executions, columns=columns)
+    table.to_csv(source / "book" / "execution.csv", index=False)
     _unpack_mathjax(source / "_mathjax" / "mathjax")
     return source
 
@@ -190,32 +188,29 @@ def _unpack_mathjax(folder):
     (folder / "tex-chtml.js").write_bytes(b"\n".join(parts))
 
 
-def _with_anchors(cells):
-    """Before the first cell that enters a finding of a claim, a place to link to."""
-    seen = set()
-    for cell in cells:
-        claims = {row["claim"] for row in findings_of({"cells": [cell]})} - seen
-        seen |= claims
-        if claims:
-            spans = "".join(f'<span id="claim-{n}"></span>' for n in sorted(claims))
-            yield nbformat.v4.new_markdown_cell(spans, id=f"claims-{min(claims)}")
-        yield cell
-
-
 def executed_page(source: Path, run: Path):
     """A notebook with its prose as it stands and the outputs of its run.
 
-    Only code decides whether a notebook runs again, so its prose may be newer.
+    Only code decides whether a notebook runs again, so its prose may be newer. Before
+    the first cell that enters a finding of a claim is a place to link to.
     """
     page, done = (nbformat.read(path, as_version=4) for path in (source, run))
     outputs, cells = [c for c in done.cells if c.cell_type == "code"], []
+    linked = set()
     for cell in page.cells:
         if cell.cell_type != "code":
             cells.append(cell)
             continue
         ran = outputs.pop(0)
         ran.metadata = nbformat.from_dict(ran.metadata | cell.metadata)
-        # rows for a sweep's table are nothing to read
+        *_, findings = entered([ran])
+        claims = {finding["claim"] for finding in findings} - linked
+        linked |= claims
+        if claims:
+            spans = "".join(f'<span id="claim-{n}"></span>' for n in sorted(claims))
+            anchors = nbformat.v4.new_markdown_cell(spans, id=f"claims-{min(claims)}")
+            cells.append(anchors)
+        # what is entered is nothing to read
         ran.outputs = [o for o in ran.outputs if RESULT not in o.get("data", ())]
         cells.append(ran)
         tags = outputs[0].metadata.get("tags", ()) if outputs else ()

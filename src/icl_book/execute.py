@@ -23,14 +23,14 @@ from pathlib import Path
 import nbformat
 import papermill
 import psutil
-import yaml
 from filelock import FileLock, Timeout
+from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
-from jupyter_client.provisioning import LocalProvisioner
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.translators import PythonTranslator
 
+from icl.assets import sha256
 from icl_book import store
 from icl_book.store import NOTEBOOK, ROOT, BookError, table_path
 
@@ -50,56 +50,36 @@ KERNEL_ENV = {
 # -- parameters ----------------------------------------------------------------------
 
 
-class Loader(yaml.SafeLoader):
-    """YAML with the numbers of JSON: 010 is not 8, 1:30 not 90, .nan a word."""
-
-    def number(self, node):
-        try:
-            return json.loads(node.value)
-        except ValueError:
-            return node.value
-
-
-for kind in ("int", "float"):
-    Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.number)
-
-
 @dataclass(frozen=True)
 class Parameter:
     """One line of a parameters cell: ``name: type = literal  # allowed: help``.
 
-    ``a | b | c`` allows three words, ``1..7`` a range; without either, any value of
-    the type (str, int, float, bool or list) is allowed.
+    The type is str, int or float. ``a | b | c`` allows three words, ``1..7`` a range;
+    without either, any value of the type is allowed.
     """
 
     name: str
-    default: object
+    default: str | int | float
     allowed: tuple
     help: str
 
     def check(self, value):
-        """A value in the parameter's type; ValueError if it is not allowed."""
-        kind, given = type(self.default), f"{self.name}={value}"
-        if kind is not str and isinstance(value, str):
-            with suppress(yaml.YAMLError):
-                value = yaml.load(value, Loader)
-        if kind is float and not isinstance(value, bool):
-            with suppress(TypeError, ValueError):
-                value = float(value)  # YAML takes 1e-3 for a word and 1 for an int
-        if type(value) is not kind:
-            default = f"default {self.default!r}"
-            raise ValueError(f"{given} is not of type {kind.__name__} ({default})")
-        try:
-            json.dumps(value, allow_nan=False)  # a record and a notebook are JSON
-        except (TypeError, ValueError):
-            raise ValueError(f"{given} is not finite, or no JSON") from None
-        if self.allowed and kind is str and value not in self.allowed:
-            raise ValueError(f"{given} is not one of {', '.join(self.allowed)}")
-        if self.allowed and kind is not str:
-            low, high = self.allowed
-            if not low <= value <= high:
-                raise ValueError(f"{given} is outside {low}..{high}")
-        return value
+        """A value, or its text, in the parameter's type; ValueError if not allowed."""
+        kind = type(self.default)
+        with suppress(ValueError):
+            found = kind(str(value))
+            if not isinstance(value, list | dict) and self._allows(found):
+                return found
+        choice = (", " if kind is str else "..").join(map(str, self.allowed))
+        choice = f"{kind.__name__}, {choice}" if choice else kind.__name__
+        raise ValueError(f"{self.name}={value} must be {choice}")
+
+    def _allows(self, value):
+        if isinstance(value, str):
+            return not self.allowed or value in self.allowed
+        most = sys.float_info.max  # so that it is finite
+        low, high = self.allowed or (-most, most)
+        return low <= value <= high
 
 
 def read_parameters(notebook: Path) -> dict[str, Parameter]:
@@ -121,7 +101,8 @@ def parameters_in(cell, where: str) -> dict[str, Parameter]:
             default = ast.literal_eval(line)
         except (ValueError, SyntaxError):
             default = None
-        if type(default).__name__ != kind or not text:
+        right = kind in ("str", "int", "float") and kind == type(default).__name__
+        if not right or not text:
             raise BookError(
                 f"{where}, parameters cell: write {name}: type = literal  "
                 f"# help, not {name}: {kind} = {line}  # {text}"
@@ -131,7 +112,7 @@ def parameters_in(cell, where: str) -> dict[str, Parameter]:
         allowed = ()
         if words and kind == "str":
             allowed, text = tuple(words[1].split(" | ")), words[2]
-        elif bounds and kind in ("int", "float"):
+        elif bounds and kind != "str":
             allowed = tuple(map(type(default), bounds.groups()[:2]))
             text = bounds[3]
         found[name] = Parameter(name, default, allowed, text)
@@ -246,20 +227,10 @@ def _of_files(paths):
 
 @lru_cache(4096)
 def _of_file(path, size, modified):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 # -- a run ---------------------------------------------------------------------------
-
-
-class Provisioner(LocalProvisioner):
-    """Starts a kernel of this Python, whatever other kernels there are."""
-
-    async def launch_kernel(self, cmd, **options):
-        file, options["env"] = self.parent.connection_file, self.parent.environment
-        command = [sys.executable, "-P", "-m", "ipykernel_launcher", "-f", file]
-        return await super().launch_kernel(command, **options)
 
 
 def data_folder() -> str:
@@ -280,19 +251,21 @@ def kernel_env(threads=None) -> dict[str, str]:
 
 
 def kernel_manager(folder, threads=None):
-    """A class of kernel managers for papermill; sockets are files in ``folder``."""
+    """A class of kernel managers for papermill, of kernels of this Python, whatever
+    other kernels there are; sockets are files in ``folder``."""
+    environment = kernel_env(threads)
 
     class Manager(AsyncKernelManager):
-        kernel_spec = KernelSpec(display_name="Python 3", language="python")
-        environment = kernel_env(threads)
+        kernel_spec = KernelSpec(**get_kernel_dict(python_arguments=["-P"]))
         peak = 0
 
         def __init__(self, **options):
             super().__init__(**options, transport="ipc", ip=f"{folder}/socket")
             self.connection_file = f"{folder}/kernel.json"
-            spec = {"kernel_spec": self.kernel_spec, "kernel_id": "run"}
-            self.provisioner = Provisioner(parent=self, **spec)
             Manager.last = self
+
+        async def start_kernel(self, **options):
+            await super().start_kernel(**options, env=environment)
 
         @classmethod
         def watch(cls, **_):
@@ -360,8 +333,8 @@ def run_once(run: Run, limit=LIMIT, progress=False) -> dict:
     """Make a run, within ``limit`` seconds, unless its result is there.
 
     Returns:
-        the record: ``rows`` and ``facts`` that the notebook has entered, ``seconds``,
-        ``peak_gb``, ``cached`` (whether the result was there) and more.
+        the record: ``rows``, ``facts`` and ``findings`` that the notebook has entered,
+        ``seconds``, ``peak_gb``, ``cached`` (whether the result was there) and more.
 
     Raises:
         BookError: the notebook failed; the run's folder has it up to there.
@@ -384,7 +357,8 @@ def run_once(run: Run, limit=LIMIT, progress=False) -> dict:
 
 
 def _execute(run, scratch, sockets, limit, progress):
-    started, cell, error, rows, facts = time.perf_counter(), {}, None, [], {}
+    started, cell, error = time.perf_counter(), {}, None
+    rows, facts, findings = [], {}, []
     manager = kernel_manager(sockets, run.threads)
     braces = {123: "{{", 125: "}}"}  # what stands in one, papermill fills in
     try:
@@ -401,7 +375,7 @@ def _execute(run, scratch, sockets, limit, progress):
             on_cell_start=lambda cell_index, **now: cell.update(now["cell"]),
             on_cell_executed=manager.watch,
         )
-        rows, facts = entered(done)
+        rows, facts, findings = entered(done.cells)
     except papermill.PapermillExecutionError as problem:
         where, why = f"In [{problem.exec_count}]", f"{problem.ename}: {problem.evalue}"
         error = f"{where} failed with {why}"
@@ -416,24 +390,21 @@ def _execute(run, scratch, sockets, limit, progress):
         "error": error,
         "rows": rows,
         "facts": facts,
+        "findings": findings,
         "seconds": round(time.perf_counter() - started, 2),
         "peak_gb": round(manager.peak / 2**30, 3),
         "made": store.environment() | {"threads": run.threads},
     }
 
 
-def findings_of(notebook) -> list[dict]:
-    """What :func:`icl_book.page.finding` left in an executed notebook."""
-    outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", ())]
-    glued = [o for o in outputs if "scrapbook" in o.get("metadata", {})]
-    return [ast.literal_eval("".join(*o["data"].values())) for o in glued]
-
-
-def entered(notebook) -> tuple[list[dict], dict]:
-    """Rows and facts that an executed notebook has entered by
-    :func:`icl_book.page.result`."""
-    outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
-    data = [output.get("data", {}) for output in outputs]
-    found = [part[store.RESULT] for part in data if store.RESULT in part]
-    rows = [{**row} for part in found for row in part["rows"]]
-    return rows, {name: v for part in found for name, v in part["facts"].items()}
+def entered(cells) -> tuple[list[dict], dict, list[dict]]:
+    """Rows, facts and findings that executed cells have entered, by
+    :func:`icl_book.page.result` and :func:`icl_book.page.finding`."""
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    parts = [
+        o["data"][store.RESULT] for o in outputs if store.RESULT in o.get("data", ())
+    ]
+    rows = [{**row} for part in parts for row in part.get("rows", ())]
+    facts = [item for part in parts for item in part.get("facts", {}).items()]
+    findings = [{**row} for part in parts for row in part.get("findings", ())]
+    return rows, dict(facts), findings

@@ -3,36 +3,35 @@ means, what a page is about, and buttons that lead to a public repository."""
 
 import ast
 import html
-import json
+import re
 import textwrap
 from functools import lru_cache
 
+import nbformat
 from docutils import nodes
 from sphinx import addnodes
 
 from icl_book.build import chapter_path, chapters
 
 
-def used_names(notebook: dict) -> set[str]:
-    """Full names of what a notebook takes from the package, ``icl.module.name``.
-
-    Args:
-        notebook: as in its file; only code cells are read.
-    """
-    cells = [c for c in notebook["cells"] if c["cell_type"] == "code"]
-    trees = [ast.parse("".join(cell["source"])) for cell in cells]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    taken, modules = set(), {}
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "icl":
+def used_names(tree: ast.AST) -> set[str]:
+    """Full names of what code takes from the package, ``icl.module.name``."""
+    known, names = {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and re.match(r"icl\b", node.module or ""):
             for name in node.names:
-                whole = f"{node.module}.{name.name}"
-                taken.add(whole)
-                modules[name.asname or name.name] = whole
-    for node in nodes:
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            taken.add(f"{modules.get(node.value.id, node.value.id)}.{node.attr}")
-    return {name for name in taken if name.startswith("icl.")}
+                known[name.asname or name.name] = f"{node.module}.{name.name}"
+        elif isinstance(node, ast.Import):
+            for name in node.names:
+                if name.name.split(".")[0] == "icl":
+                    known[name.asname or "icl"] = name.name if name.asname else "icl"
+    names.update(known.values())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            base, _, rest = ast.unparse(node).partition(".")
+            if base in known:
+                names.add(f"{known[base]}.{rest}")
+    return names
 
 
 @lru_cache(1)
@@ -40,8 +39,9 @@ def users() -> dict[str, list[str]]:
     """Chapters by the full name of what they use, in the order of the book."""
     found = {}
     for chapter in chapters():
-        notebook = json.loads(chapter_path(chapter).read_text(encoding="utf-8"))
-        for name in used_names(notebook):
+        cells = nbformat.read(chapter_path(chapter), as_version=4).cells
+        code = [cell.source for cell in cells if cell.cell_type == "code"]
+        for name in used_names(ast.parse("\n".join(code))):
             found.setdefault(name, []).append(chapter)
     return found
 

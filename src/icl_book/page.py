@@ -2,9 +2,7 @@
 
 import base64
 import datetime
-import html
 import io
-import json
 import sys
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pandas as pd
 from IPython import get_ipython
 from IPython.display import HTML, Markdown, display
+from jinja2 import Environment, PackageLoader
 
 from icl_book.scoreboard import asked, over
 from icl_book.store import COSTS, MADE, RESULT, ROOT, environment, read_table
@@ -168,22 +167,14 @@ def finding(
         on: model and data.
         form: format of the numbers.
     """
-    from myst_nb import glue  # seconds
-
-    rules = {"above": above, "below": below, "within": within}
-    (side, bar), *more = [
-        *((k, v) for k, v in rules.items() if v is not None),
-        *([("checked", 0)] if checked is not None else []),
-    ] or [(None, None)]
-    if side is None or more or (interval is None) != (side == "checked"):
+    rules = dict(above=above, below=below, within=within, checked=checked)
+    given = [(name, value) for name, value in rules.items() if value is not None]
+    if len(given) != 1 or (interval is None) != (checked is not None):
         raise ValueError(
             f"{statement!r}: give either an interval with one of above, below and "
             "within, or the check that shows it"
         )
-    if published is not None and not (len(published) == 3 and all(published)):
-        raise ValueError(
-            f"{statement!r}: {published!r} is no published value, source and unit"
-        )
+    ((side, bar),) = given
     role = "control" if control else "claim"
     row = {"claim": claim, "statement": statement, "role": role, "side": side, "on": on}
     row["published"] = list(published or ())
@@ -195,20 +186,20 @@ def finding(
         row |= {"here": f"to {errors[checked]:.0e}"}
     else:
         mean, low, high = interval
-        if not -np.inf < low <= mean <= high < np.inf:
-            raise ValueError(f"{statement!r}: {low} .. {high} is no interval of {mean}")
+        ordered = -np.inf < low <= mean <= high < np.inf
+        if not (ordered and interval.unit and np.isfinite(interval.error)):
+            raise ValueError(
+                f"{statement!r}: {interval} over {interval.unit!r} is no interval; see "
+                "icl.metrics"
+            )
         if not np.isfinite(bar) or (side == "within" and bar <= 0):
             raise ValueError(f"{statement!r}: {side}={bar} is no number to compare to")
-        if not getattr(interval, "unit", ""):
-            raise ValueError(
-                f"{statement!r}: an interval over nothing; see icl.metrics"
-            )
         row |= {"mean": mean, "low": low, "high": high, "bar": float(bar)}
         row |= {"unit": interval.unit, "count": interval.count, "error": interval.error}
         row |= {"freedom": min(interval.freedom, 1e9), "here": f"{interval:{form}}"}
         row["detectable"] = interval.detectable
     _findings.append(row)
-    glue(statement, row, display=False)
+    display({RESULT: {"findings": [_entries(row)]}}, raw=True)
 
 
 def result(*rows, facts=None, **columns) -> None:
@@ -311,30 +302,15 @@ def slider(draw, values, name, alt, caption, start=0) -> HTML:
         start: number of the value at first.
     """
     pictures = []
-    for n, value in enumerate(values):
+    for value in values:
         figure, file = draw(value), io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
         plt.close(figure)
         picture = base64.b64encode(file.getvalue()).decode()
-        what = html.escape(f"{alt} Here {name} is {value:g}.")
-        hidden = "" if n == start else " hidden"
-        source = f"data:image/svg+xml;base64,{picture}"
-        pictures.append(f'<img src="{source}" alt="{what}"{hidden}>')
-    seen = html.escape(json.dumps([f"{value:g}" for value in values]))
-    move = (
-        "const f = this.closest('figure'); "
-        "f.querySelectorAll('img').forEach((i, n) => i.hidden = n != this.value); "
-        "const value = JSON.parse(f.dataset.seen)[this.value]; "
-        "f.querySelector('output').value = value; "
-        "this.setAttribute('aria-valuetext', value);"
-    )
-    return HTML(
-        f'<figure class="dial" data-seen="{seen}"><label>{html.escape(name)} '
-        f'<input type="range" min="0" max="{len(values) - 1}" value="{start}" '
-        f'aria-valuetext="{values[start]:g}" oninput="{move}"></label> '
-        f'<output aria-hidden="true">{values[start]:g}</output>'
-        f"{''.join(pictures)}<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+        pictures.append((f"{value:g}", picture))
+    templates = Environment(loader=PackageLoader("icl_book", "."), autoescape=True)
+    seen = dict(pictures=pictures, name=name, alt=alt, caption=caption, start=start)
+    return HTML(templates.get_template("slider.html.jinja").render(seen))
 
 
 def checks() -> pd.DataFrame:

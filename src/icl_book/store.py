@@ -18,13 +18,15 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock
 
+from icl.assets import sha256
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 COSTS = ("seconds", "peak_gb", "fingerprint")  # columns of a sweep's table
 MADE = {"command", "runs", "commit", "python", "machine", "threads"} | {
     *PACKAGES
 }  # facts of every table's record
-#: The type of a notebook's output that holds rows for a table.
+#: The type of a notebook's output that holds rows for a table, or findings.
 RESULT = "application/vnd.icl.result+json"
 NOTEBOOK, RECORD = "run.ipynb", "record.json"
 TEXT = {"predictions": str, "calibrated": str}  # columns of digits that are no numbers
@@ -87,16 +89,12 @@ def _seal(record):
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _digest_of(folder):
-    return hashlib.sha256((folder / NOTEBOOK).read_bytes()).hexdigest()
-
-
 def save_run(folder: Path, scratch: Path, record: dict):
     """Give a scratch folder with an executed notebook its record and its name.
 
     What a failed or damaged run left in ``folder`` is replaced.
     """
-    record = record | {"notebook": _digest_of(scratch)}
+    record = record | {"notebook": sha256(scratch / NOTEBOOK)}
     record = json.loads(json.dumps(record, allow_nan=False))
     text = json.dumps({"sha256": _seal(record), **record}, indent=1)
     write_atomically(scratch / RECORD, text)
@@ -111,7 +109,7 @@ def read_run(folder: Path) -> tuple[str, dict]:
     try:
         record = json.loads((folder / RECORD).read_bytes())
         whole = record.pop("sha256") == _seal(record)
-        whole &= _digest_of(folder) == record["notebook"]
+        whole &= sha256(folder / NOTEBOOK) == record["notebook"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:

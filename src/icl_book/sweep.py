@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -27,13 +26,18 @@ from dask.system import CPU_COUNT
 from distributed.comm import CommClosedError
 
 from icl_book import execute, store
-from icl_book.execute import Run, inputs, plan, read_parameters
+from icl_book.execute import Parameter, Run, check_values, inputs, plan, read_parameters
 from icl_book.store import ROOT, BookError, read_run
 
 RETRIES = 2  # of a run whose kernel did not start; Dask's own
 REFUSED = "icl-refused"  # Dask's topic of workers that differ
-FORMS = dict(notebook=str, threads=int, limit=int | float, key=list, exclude=list)
-GRID = {*FORMS, "fixed", "vary"}
+#: What a grid says of its runs, beside lists of parameters.
+OPTIONS = {
+    "notebook": Parameter("notebook", "", (), "a path beside the grid"),
+    "threads": Parameter("threads", 1, (1, 4096), "of a run"),
+    "limit": Parameter("limit", 24 * 3600, (1, 10**9), "seconds that a run may take"),
+}
+GRID = {*OPTIONS, "key", "fixed", "vary", "exclude"}
 
 
 # -- the grid ------------------------------------------------------------------------
@@ -45,24 +49,23 @@ def read_grid(path: Path) -> dict:
     ``runs`` are the parameters of each run; ``varied`` the names of those that differ.
     """
     try:
-        grid = yaml.load(path.read_text(encoding="utf-8"), execute.Loader)
+        grid = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)  # as text
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise BookError(f"{path} cannot be read: {error}") from None
     if not isinstance(grid, dict) or grid.keys() - GRID or "notebook" not in grid:
-        strange = ", ".join(map(str, grid)) if isinstance(grid, dict) else repr(grid)
+        strange = ", ".join(grid) if isinstance(grid, dict) else repr(grid)
         known = ", ".join(sorted(GRID))
         raise BookError(f"{path} has {strange}; a grid has a notebook, of {known}")
-    for name, kind in FORMS.items():
-        if name in grid and (not isinstance(grid[name], kind) or grid[name] is True):
-            raise BookError(f"{path}: {name} is {grid[name]!r}, and must be {kind}")
-    notebook = path.parent / grid["notebook"]
+    given = {name: value for name, value in grid.items() if name in OPTIONS}
+    options = {p.name: p.default for p in OPTIONS.values()}
+    options |= check_values(OPTIONS, given, path)
+    notebook = path.parent / options["notebook"]
     if not notebook.is_file():
         raise BookError(f"{path}: there is no notebook {notebook}")
     known, runs = read_parameters(notebook), {}
-    blocks = grid.get("vary") or {}
-    excluded = [_lists(known, rule, path) for rule in grid.get("exclude") or []]
-    for block in blocks if isinstance(blocks, list) else [blocks]:
-        lists = _lists(known, grid.get("fixed") or {}, path)
+    excluded = [_lists(known, rule, path) for rule in _blocks(grid.get("exclude", []))]
+    for block in _blocks(grid.get("vary", {})):
+        lists = _lists(known, grid.get("fixed", {}), path)
         lists |= _lists(known, block, path)
         for values in itertools.product(*lists.values()):
             run = {name: p.default for name, p in known.items()}
@@ -72,30 +75,29 @@ def read_grid(path: Path) -> dict:
     runs, key = list(runs.values()), grid.get("key", list(known))
     if strange := [name for name in key if str(name) not in known]:
         raise BookError(f"{path}: key has {strange[0]}, which is no parameter")
-    if len({store.key_of(run, key) for run in runs}) < len(runs):
-        raise BookError(f"{path}: key {key} does not tell all runs apart")
-    threads, limit = grid.get("threads", 1), grid.get("limit", 24 * 3600)
-    if not runs or threads < 1 or not 0 < limit < math.inf:
-        raise BookError(f"{path}: needed are a run, a thread and a second, at least")
+    if not runs or len({store.key_of(run, key) for run in runs}) < len(runs):
+        raise BookError(f"{path}: no run, or key {key} does not tell all runs apart")
     varied = [n for n in known if any(run[n] != runs[0][n] for run in runs)]
-    varied = {"runs": runs, "varied": varied or list(known), "key": key}
-    return {"notebook": notebook, "threads": threads, "limit": limit, **varied}
+    found = {"notebook": notebook, "runs": runs, "key": key}
+    return options | found | {"varied": varied or list(known)}
+
+
+def _blocks(part):
+    return part if isinstance(part, list) else [part]
 
 
 def _lists(known, part, path):
     """The values of each parameter as a list, checked against the notebook's cell."""
     if not isinstance(part, dict):
         raise BookError(f"{path}: {part!r} is no list of parameters")
-    lists, base = {}, path.parent
+    lists = {}
     for name, values in part.items():
-        kind = type(known[name].default) if name in known else None
         whole = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", str(values))
-        if whole and kind is int:
-            values = list(range(int(whole[1]), int(whole[2]) + 1))
-        one = not isinstance(values, list)
-        if one or (values and kind is list is not type(values[0])):
+        if whole:
+            values = range(int(whole[1]), int(whole[2]) + 1)
+        elif not isinstance(values, list):
             values = [values]
-        found = [execute.check_values(known, {name: one}, path, base) for one in values]
+        found = [check_values(known, {name: v}, path, path.parent) for v in values]
         lists[name] = [given[name] for given in found]
     return lists
 

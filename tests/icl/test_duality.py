@@ -17,22 +17,11 @@ from icl.duality import (
     frobenius_cosine,
     ft_update,
     icl_update,
-    linear_attention,
     subspace_overlap,
 )
 from icl.finetuning import heads_on_frozen_inputs, kv_sgd
 
 F64 = torch.float64
-
-
-def test_linear_attention_against_a_loop():
-    q, X, E = tokens(3, 7, 4, 3, (5,))
-    X, E = X[0], E[0]
-    want = np.zeros((5, 3))
-    for b in range(5):
-        for i in range(7):
-            want[b] += E[i].numpy() * float(X[i] @ q[b])
-    np.testing.assert_allclose(linear_attention(E, X, q), want, atol=1e-12)
 
 
 def tokens(seed, n, d, d_o, lead=(), scale=1.0):

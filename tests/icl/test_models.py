@@ -319,11 +319,14 @@ def test_garbage_for_a_gguf_file(tmp_path):
 
 
 def test_a_converted_model_that_was_changed(tmp_path, monkeypatch):
-    """Of an earlier version, whose files had no hashes yet, the first ones count."""
+    """Or one without hashes, of which nobody knows what it was."""
     monkeypatch.setenv("ICL_CACHE", str(tmp_path))
     digest = models.ASSETS[models.DEFAULT].sha256[:12]
     folder = tmp_path / "models" / f"{models.DEFAULT}-{digest}"
     save(tiny_model("llama"), folder)
+    with pytest.raises(AssetError, match="Delete"):
+        load_model(device="cpu")
+    (folder / models._HASHES).write_text(json.dumps(models._hashes(folder)))
     for _ in range(2):
         assert load_model(device="cpu")[0].config.model_type == "llama"
     path = folder / "tokenizer.json"

@@ -318,18 +318,6 @@ def test_an_opening_as_the_tokenizer_has_it(data):
         prompt_prefix(task, [], tokenizer, "eos")
 
 
-def test_how_many_demonstrations_fit(data):
-    task, tokenizer = load_task("mr"), word_tokenizer()
-    # 7 tokens a demonstration ("b" is unknown), 6 the query, 1 the label word
-    many = [task.train[0]] * 9
-    for layout, opening in (("bare", 0), ("eos", 1 + 9)):
-        whole = opening + 6 + 1 + 9 * 7
-        assert prompt_prefix(task, many, tokenizer, layout, context=whole)
-    for room, fit in ((62, 8), (56, 8), (55, 7), (6, 0)):  # one token short, exact
-        with pytest.raises(ValueError, match=f"9 .* 63 .* {room}: {fit} "):
-            prompt_prefix(task, many, tokenizer, "bare", context=6 + 1 + room)
-
-
 def test_whose_token_is_it(data):
     task, tokenizer = load_task("mr"), word_tokenizer()
     same = [task.train[0]] * 2

@@ -169,7 +169,9 @@ def test_prose_may_be_newer_than_the_run(tmp_path):
     )
     output = nbformat.v4.new_output("display_data", {"text/plain": "2"})
     done = nbformat.v4.new_notebook(cells=[*cells[:2], injected, cells[2].copy()])
-    entered = nbformat.v4.new_output("display_data", {RESULT: {"rows": []}})
+    entered = nbformat.v4.new_output(
+        "display_data", {RESULT: {"findings": [{"claim": 4}]}}
+    )
     done.cells[-1].outputs = [entered, output]
     done.metadata["papermill"] = {"input_path": str(source)}
     nbformat.write(done, run)
@@ -179,7 +181,8 @@ def test_prose_may_be_newer_than_the_run(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=cells), source)
     page = executed_page(source, run)
     shown = [cell.source for cell in page.cells]
-    assert shown == ["# New", "a: int = 1  # n", "a = 2", "Between", "a"]
+    place = '<span id="claim-4"></span>'
+    assert shown == ["# New", "a: int = 1  # n", "a = 2", "Between", place, "a"]
     assert page.cells[-1].outputs == [output]
     assert str(tmp_path) not in nbformat.writes(page)
     assert page.cells[-1].metadata.mystnb.figure.caption == "newer"

@@ -37,7 +37,7 @@ def made_again(name, tmp_path, **chosen):
     given = next(r for r in grid["runs"] if chosen.items() <= r.items())
     (run,) = plan(grid["notebook"], [given], tmp_path, grid["threads"])
     run_once(run)
-    rows, _ = entered(nbformat.read(run.folder / NOTEBOOK, as_version=4))
+    rows, *_ = entered(nbformat.read(run.folder / NOTEBOOK, as_version=4).cells)
     key = grid["key"]
     table, _ = read_table(name)
     wanted = key_of(given, key)
