@@ -105,7 +105,7 @@ def test_exercises_say_how_hard_and_fold_hint_and_solution(book):
 
 
 def test_a_reader_can_test_an_answer_and_the_solution_passes(book):
-    text, cells = prose(book), "\n".join(c.source for c in code(book))
+    cells = "\n".join(c.source for c in code(book))
     made = re.findall(r"^def (test_\w+)\(", cells, re.M)
     assert made, "no exercise has a test"
     for name in made:
