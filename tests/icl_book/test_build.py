@@ -325,7 +325,7 @@ def test_paper_scale_runs_the_whole_protocol(tmp_path, monkeypatch):
         (tmp_path / "mr" / f"{split}.jsonl").write_text(lines)
     monkeypatch.setenv("ICL_DATA", str(tmp_path))
     given = {"scale": "paper", "model": str(tmp_path / "tiny"), "k": 8}
-    (run,) = plan(chapter_path("05_icl_and_finetuning"), [given], tmp_path / "runs")
+    (run,) = plan(chapter_path("08_icl_and_finetuning"), [given], tmp_path / "runs")
     run_once(run)
     text = (run.folder / NOTEBOOK).read_text()
     cells = [c for c in json.loads(text)["cells"] if "outputs" in c]
