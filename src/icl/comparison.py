@@ -1,6 +1,7 @@
 """How Dai et al. compare in-context learning with finetuning: runs and measures."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from icl.activations import (
     record,
 )
 from icl.finetuning import applied_update, kv_sgd
-from icl.scoring import score
-from icl.tasks import PAPER_TASKS, Task, prompt_prefix, token_starts
+from icl.scoring import context_length, score
+from icl.tasks import PAPER_TASKS, Task, prompt_prefix, token_counts, token_starts
 
 SEEDS = tuple(range(1, 8))
 #: How many demonstrations a task has, 32 or what the paper's models can hold.
@@ -42,8 +43,37 @@ class Evaluator:
     layout: str = "newline"
 
     def prefix(self, examples=()) -> str:
-        """What stands before a query."""
-        return prompt_prefix(self.task, examples, self.tokenizer, self.layout)
+        """What stands before a query.
+
+        Raises:
+            ValueError: the demonstrations and the longest query do not fit into the
+                model; the message says how many do.
+        """
+        layout, context = self.layout, context_length(self.model.config)
+
+        def text(n):
+            return prompt_prefix(self.task, examples[:n], self.tokenizer, layout)
+
+        def fits(n):
+            tokens = token_counts(self.tokenizer, [text(n)])[0] + self._longest
+            return context is None or tokens <= context
+
+        if not fits(len(examples)):
+            most = next((n for n in range(len(examples))[::-1] if fits(n)), 0)
+            raise ValueError(
+                f"{len(examples)} demonstrations of {self.task.name} and its longest "
+                f"query do not fit into the model's {context} tokens: {most} "
+                "demonstrations do"
+            )
+        return text(len(examples))
+
+    @cached_property
+    def _longest(self):
+        """Tokens of the longest query with its label."""
+        queries = [self.task.query(example) for example in self.task.evaluation]
+        words = [self.task.blank + word for word in self.task.label_words]
+        counts = (token_counts(self.tokenizer, texts) for texts in (queries, words))
+        return sum(map(max, counts))
 
     def score(self, examples=()) -> Float[np.ndarray, "N C"]:
         """:func:`icl.scoring.score` behind demonstrations."""

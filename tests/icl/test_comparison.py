@@ -85,6 +85,23 @@ def test_a_blank_reaches_prompt_and_score(model, tokenizer, tmp_path):
     np.testing.assert_allclose(recording.scores, three.score(), atol=1e-5)
 
 
+def test_demonstrations_that_do_not_fit_are_counted(model, tokenizer, monkeypatch):
+    evaluator, many = Evaluator(model, tokenizer, TASK, "bare"), [ROWS[0]] * 9
+
+    def used(text):
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    asked = max(used(TASK.query(row)) for row in ROWS)
+    asked += max(used(TASK.blank + word) for word in TASK.label_words)
+    six = used(prompt_prefix(TASK, many[:6], tokenizer, "bare"))
+    for room, fit in ((six, 6), (six - 1, 5), (0, 0)):
+        limit = asked + room
+        monkeypatch.setattr(model.config, "max_position_embeddings", limit)
+        assert evaluator.prefix(many[:fit]) is not None
+        with pytest.raises(ValueError, match=f"9 demonstrations .* {limit} .* {fit} "):
+            evaluator.prefix(many)
+
+
 def test_divergence_is_a_run_without_predictions(model, tokenizer):
     evaluator = Evaluator(model, tokenizer, TASK)
     assert run_scores(evaluator, "FT", 1, math.inf, 3) is None
