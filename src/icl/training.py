@@ -19,7 +19,12 @@ from accelerate import Accelerator
 from jaxtyping import Float, Integer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from icl.attention import layerwise_momentum, replace_attention
 from icl.models import use_onednn
@@ -167,7 +172,7 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
         batches: the model's arguments by step (from 0), arrays of ``config.batch``
             rows, such as :func:`text_batches`.
         folder: of this run alone, for its checkpoint, ``checkpoint.safetensors``, and
-            at the end the model as transformers saves it.
+            at the end the model, if transformers can save it.
         config: settings.
         measure: number to evaluate of the model, or a dict of them; default none.
         report: receives a line of progress after the first step, which says how long
@@ -237,7 +242,7 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
         state["step"], state["total"] = done, float(total)
         if saves and accelerator.is_main_process:
             _save(checkpoint, model, optimizer, state)
-            if done == config.steps:
+            if done == config.steps and isinstance(model, PreTrainedModel):
                 model.save_pretrained(folder)  # what load_model reads
         accelerator.wait_for_everyone()
     model.eval()

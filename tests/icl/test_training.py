@@ -270,6 +270,24 @@ def test_a_trained_model_is_read_by_transformers(tokens, straight):
     torch.testing.assert_close(again(ids).logits, straight[0](ids).logits)
 
 
+def test_a_model_of_another_kind_is_trained(tmp_path):
+    """As a regressor around a body of transformers; it has no save_pretrained."""
+
+    class Regressor(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.slope = small().config, torch.nn.Linear(1, 1)
+
+        def forward(self, x):
+            return SimpleNamespace(loss=(self.slope(x) - 2 * x).square().mean())
+
+    x = np.linspace(-1, 1, CONFIG.batch, dtype="float32")[:, None]
+    config = changed(CONFIG, learning_rate=0.1, weight_decay=0.0)
+    history = train(Regressor(), lambda step: {"x": x}, tmp_path, config)
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
 def test_progress_begins_with_the_first_step(tokens, tmp_path):
     lines = []
     run(small(), tokens, tmp_path, report=lines.append)
