@@ -55,8 +55,10 @@ class Evaluator:
             return prompt_prefix(self.task, examples[:n], self.tokenizer, layout)
 
         def fits(n):
-            tokens = token_counts(self.tokenizer, [text(n)])[0] + self._longest
-            return context is None or tokens <= context
+            if context is None:
+                return True
+            shown = token_counts(self.tokenizer, [text(n)])[0]
+            return shown + self._longest <= context
 
         if not fits(len(examples)):
             most = next((n for n in range(len(examples))[::-1] if fits(n)), 0)
