@@ -257,6 +257,11 @@ def test_balanced_heads_are_the_shortest():
             other = size(q @ A.mT, k @ torch.linalg.inv(A) + shift)
             assert (least < 1.001 * other).all()
     assert (least < 0.5 * size(2 * q, k / 2)).all()
+    # where the derivatives vanish: opposite means, and equal second moments
+    np.testing.assert_allclose(q.mean(1), -k.mean(1), atol=1e-10)
+    for own in zip(q, k, strict=True):
+        of_q, of_k = (torch.cov(x.mT) for x in own)
+        assert (of_q - of_k).norm() < 0.01 * of_k.norm()
 
 
 # -- streaming ----------------------------------------------------------------
