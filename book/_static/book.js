@@ -17,23 +17,39 @@ addEventListener("DOMContentLoaded", () => {
   if (input.checked) set();
 });
 
-// What a link to an equation, a figure or a statement of the page leads to, shown while
-// the link is pointed at or has the focus; Escape hides it.
+// What a link to an equation, a figure or a statement leads to, shown while the link is
+// pointed at or has the focus; Escape hides it. From disk, only what is on the page.
 addEventListener("DOMContentLoaded", () => {
   const kinds = "div.math, figure, div.proof, div.exercise";
   const preview = document.createElement("div");
   preview.className = "link-preview";
   preview.hidden = true;
   document.body.append(preview);
-  let timer;
+  let timer, pointed;
   const hide = () => (preview.hidden = true);
-  const leave = () => (timer = setTimeout(hide, 200));
-  const show = ({ currentTarget: link }) => {
-    const at = document.getElementById(decodeURIComponent(link.hash.slice(1)));
+  const leave = () => {
+    pointed = null;
+    timer = setTimeout(hide, 200);
+  };
+  const pages = { [location.pathname]: document };
+  const show = async ({ currentTarget: link }) => {
+    pointed = link;
+    const { pathname, href, hash } = link;
+    try {
+      pages[pathname] ??= new DOMParser().parseFromString(
+        await (await fetch(href)).text(),
+        "text/html",
+      );
+    } catch {
+      return; // from disk, or without a network
+    }
+    const at = pages[pathname].getElementById(decodeURIComponent(hash.slice(1)));
     const target = at?.closest(kinds) ?? at?.querySelector(`:scope > :is(${kinds})`);
-    if (!target) return;
+    if (!target || pointed !== link) return;
+    const elsewhere = pathname !== location.pathname;
+    const copy = document.importNode(target, true);
+    if (elsewhere && copy.querySelector(".math") && !window.MathJax) return;
     clearTimeout(timer);
-    const copy = target.cloneNode(true);
     for (const part of [copy, ...copy.querySelectorAll("[id]")]) part.removeAttribute("id");
     preview.replaceChildren(copy);
     preview.hidden = false;
@@ -41,8 +57,10 @@ addEventListener("DOMContentLoaded", () => {
     const room = document.documentElement.clientWidth - preview.offsetWidth - 8;
     preview.style.left = `${Math.max(8, Math.min(left, room))}px`;
     preview.style.top = `${bottom + scrollY + 4}px`;
+    if (elsewhere) window.MathJax?.typesetPromise([preview]);
   };
-  for (const link of document.querySelectorAll('article a.reference[href^="#"]')) {
+  const links = [...document.querySelectorAll('article a.reference.internal[href*="#"]')];
+  for (const link of links.filter((own) => !own.title)) {
     for (const event of ["mouseenter", "focus"]) link.addEventListener(event, show);
     for (const event of ["mouseleave", "blur"]) link.addEventListener(event, leave);
   }

@@ -289,6 +289,24 @@ def subplot_grid(count: int):
     return fig, axes.flat[:count]
 
 
+def intervals(ax, found, at=None, along="x", **look):
+    """Draw intervals as dots with bars: a forest plot, or points of a curve.
+
+    Args:
+        found: mean, low and high of each; None leaves a gap.
+        at: places on the other axis; default 0, 1, 2, ...
+        along: "x" or "y", the axis that the intervals are on.
+        look: as for ``Axes.errorbar``.
+    """
+    rows = np.array([(np.nan,) * 3 if row is None else tuple(row) for row in found])
+    mean, low, high = rows.astype(float).T
+    half = np.maximum([mean - low, high - mean], 0)  # rounding
+    other = np.arange(len(mean)) if at is None else at
+    places = (mean, other) if along == "x" else (other, mean)
+    look = {"fmt": "o", "ms": 4, "capsize": 2} | look
+    ax.errorbar(*places, **{f"{along}err": half}, **look)
+
+
 def slider(draw, values, name, alt, caption, start=0) -> HTML:
     """A figure with a slider: a picture for each value, of which one is seen.
 

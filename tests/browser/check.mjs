@@ -201,6 +201,24 @@ async function search(context, fault) {
   await page.close();
 }
 
+// What lies on another page is previewed where there is a server.
+async function across() {
+  const link = 'a.reference.internal[href*=".html#equation"]';
+  const path = all.find((one) => /class="reference internal" href="[^"#]+#equation/.test(readFileSync(one, "utf8")));
+  if (!path) return;
+  const page = await browser.newPage();
+  await page.route("**", (route) =>
+    route.fulfill({ path: join(html, new URL(route.request().url()).pathname) }),
+  );
+  await page.goto(`http://site.test/${relative(html, path)}`);
+  await page.evaluate(() => window.MathJax.startup.promise);
+  await page.locator(`article ${link}:visible`).first().focus();
+  const formula = page.locator(".link-preview mjx-container").first();
+  const fault = () => faults.push(`${relative(html, path)}: no preview across pages`);
+  await formula.waitFor({ timeout: 20000 }).catch(fault);
+  await page.close();
+}
+
 // A server gives 404.html for any address; its links must lead back from all depths.
 async function lost() {
   const text = readFileSync(join(html, "404.html"), "utf8");
@@ -253,6 +271,7 @@ async function work() {
 }
 await Promise.all([work(), work()]);
 await lost();
+await across();
 await search(await reader(), (text) => faults.push(`search.html: ${text}`));
 await browser.close();
 for (const text of new Set(faults)) console.log(text);

@@ -146,6 +146,19 @@ def test_a_slider_has_a_picture_for_each_value():
     assert str(again) == str(found)  # pages are built twice to the same bytes
 
 
+@pytest.mark.parametrize(
+    ("along", "expected"), [("x", [[0, 5], [3, 5]]), ("y", [[5, 0], [5, 3]])]
+)
+def test_intervals_are_drawn_from_low_to_high(along, expected):
+    _, ax = plt.subplots()
+    page.intervals(ax, [(1.0, 0.0, 3.0), None], [5, 6], along)
+    (bars,) = ax.collections
+    drawn, gap = bars.get_segments()
+    assert np.array_equal(drawn, expected)
+    assert not gap.size
+    plt.close()
+
+
 def test_checks_of_a_page():
     page.begin("smoke")
     check("exact", 2, 2)
