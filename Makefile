@@ -25,7 +25,7 @@ SECOND_SHA := 9ee11adf737960ff06123d5c4fba24d12c5b05ba460a7afa88950fbf2b61add0
 
 # one table and one benchmark at a time, whatever -j says
 .NOTPARALLEL:
-.PHONY: help setup book lint check test chapter sweep table results look pdf serve bench lock clean
+.PHONY: help setup book lint check test chapter lab sweep table results look pdf serve bench lock clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,6 +37,7 @@ $(READY): requirements.txt requirements.lock pyproject.toml
 	@start=$$SECONDS; $(PIP) --no-deps --require-hashes --requirement requirements.lock \
 	  && $(PIP) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)" \
 	  && $(PIP) --no-deps --no-build-isolation --editable . \
+	  && $(BIN)/python -m ipykernel install --sys-prefix --display-name "In-context learning as gradient descent" >/dev/null \
 	  && touch $@ && echo ".venv after $$((SECONDS - start)) s"
 
 setup: $(READY)  ## make the environment in .venv
@@ -64,6 +65,9 @@ test: lint  ## lint, all tests, every chapter at smoke scale, a scan of the page
 
 chapter: $(READY)  ## run one: make chapter NAME=08_icl_and_finetuning P="task=mr seed=7"
 	@set -f; $(BIN)/python -m icl_book chapter "$$NAME" $$P
+
+lab: $(READY)  ## open the chapters in JupyterLab, on this machine alone: make lab OPTIONS=--no-browser
+	@set -f; $(BIN)/jupyter-lab $$OPTIONS book
 
 sweep: $(READY)  ## run a grid: make sweep GRID=experiments/icl_vs_finetuning.yaml OPTIONS=--dry-run
 	@set -f; $(BIN)/python -m icl_book sweep "$$GRID" $$OPTIONS

@@ -1,14 +1,20 @@
 """The commands on a book of one small chapter: what they say, and leave behind."""
 
+import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import nbformat
 import psutil
@@ -223,3 +229,34 @@ def test_make_lint_leaves_a_readers_notebook_alone(checkout):
     assert "README.md" in said
     assert "mine.ipynb" not in said
     assert "<.>" not in said
+
+
+@pytest.mark.slow
+def test_lab_opens_this_environment_to_this_machine_alone(tmp_path):
+    """The notebooks' kernel is this Python; nobody gets in without the token."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    given = f"OPTIONS=--no-browser --allow-root --port={port}"
+    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    options["env"] = os.environ | {"JUPYTER_RUNTIME_DIR": str(tmp_path)}
+    options |= {"start_new_session": True}
+    with subprocess.Popen(["make", "lab", given], **options) as lab:
+        try:
+            pattern = re.compile(r"(http://localhost:\d+)/lab\?(token=\w+)")
+            found = next(filter(None, map(pattern.search, lab.stderr)))
+            specs = f"{found[1]}/api/kernelspecs"
+            for _ in range(300):  # it says so a little before it listens
+                with suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                time.sleep(0.1)
+            with pytest.raises(HTTPError, match="403"):
+                urlopen(specs)
+            with urlopen(f"{specs}?{found[2]}") as answer:
+                kernels = json.load(answer)["kernelspecs"]
+        finally:
+            os.killpg(lab.pid, signal.SIGTERM)
+            lab.stderr.close()
+    python = kernels["python3"]["spec"]["argv"][0]
+    assert Path(python) == ROOT / ".venv" / "bin" / "python"
+    assert kernels["python3"]["spec"]["display_name"].startswith("In-context")
