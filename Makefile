@@ -64,7 +64,7 @@ test: lint  ## lint, all tests, every chapter at smoke scale, a scan of the page
 	@start=$$SECONDS; $(PYTEST) && echo "tests after $$((SECONDS - start)) s; smoke-scale pages: _build/smoke/html"
 
 chapter: $(READY)  ## run one: make chapter NAME=08_icl_and_finetuning P="task=mr seed=7"
-	@set -f; $(BIN)/python -m icl_book chapter "$$NAME" $$P
+	@$(BIN)/python -m icl_book chapter "$$NAME" "$$P"
 
 lab: $(READY)  ## open the chapters in JupyterLab, on this machine alone: make lab OPTIONS=--no-browser
 	@set -f; $(BIN)/jupyter-lab $$OPTIONS book

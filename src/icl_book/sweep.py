@@ -26,7 +26,15 @@ from dask.system import CPU_COUNT
 from distributed.comm import CommClosedError
 
 from icl_book import execute, store
-from icl_book.execute import Parameter, Run, check_values, inputs, plan, read_parameters
+from icl_book.execute import (
+    Parameter,
+    Run,
+    check_values,
+    inputs,
+    named_files,
+    plan,
+    read_parameters,
+)
 from icl_book.store import ROOT, BookError, read_run
 
 RETRIES = 2  # of a run whose kernel did not start; Dask's own
@@ -153,7 +161,7 @@ def differences(run: Run, wanted: dict, dask_worker=None) -> str:
     """Which inputs of a run are others on this worker, "" if none are."""
     if not os.access(run.folder.parent, os.W_OK):
         return f"view of {run.folder.parent}: it cannot write there"
-    found = inputs(run.notebook, [run.parameters.get("model")], run.threads)
+    found = inputs(run.notebook, named_files(run.parameters), run.threads)
     differs = [name for name, value in found.items() if wanted.get(name) != value]
     if dask_worker and dask_worker.state.nthreads != 1:
         differs.append(f"number of threads ({dask_worker.state.nthreads}, not 1)")
@@ -168,7 +176,7 @@ def check_workers(client, runs: list[Run], wanted: dict, timeout=30):
     except TimeoutError:
         raise BookError(f"the scheduler has no worker after {timeout} s") from None
     problems = set()
-    for run in {run.parameters.get("model"): run for run in runs}.values():
+    for run in {frozenset(named_files(run.parameters)): run for run in runs}.values():
         found = client.run(differences, run, wanted, on_error="return")
         problems |= {f"\n  {a}: another {d}" for a, d in found.items() if d != ""}
     if problems:
@@ -247,8 +255,8 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
             log(f"{run.folder} is not what was written: {run.label()} runs again")
     again = {"missing", "corrupt"} | ({"failed"} if retry_failed else set())
     todo = [run for run, status in found if status in again]
-    models = {run.parameters.get("model") for run in todo}
-    wanted, begun = inputs(source, models, grid["threads"]), todo
+    files = set().union(*(named_files(run.parameters) for run in todo))
+    wanted, begun = inputs(source, files, grid["threads"]), todo
     given = {"limit": grid["limit"], "wanted": wanted}
     try:
         while todo:

@@ -357,3 +357,53 @@ def test_digest_sees_every_part(data):
     assert load_task("mr").digest() == before
     write(data, "mr/train.jsonl", [example("mr", 1), example("mr", 1)])
     assert load_task("mr").digest() != before
+
+
+# -- a file of the reader's own ------------------------------------------------------
+
+
+def own_file(path, rows):
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def test_a_file_is_a_task(tmp_path):
+    rows = [{"text": f"t{n}", "label": ["bad", "good", 0, 1][n % 4]} for n in range(9)]
+    path = own_file(tmp_path / "mine.jsonl", rows)
+    task = load_task(path, "Review: {text} Mood:", "bad, good")
+    assert task.name == "mine"
+    assert (len(task.train), len(task.evaluation)) == (5, 4)
+    found = {e["text"]: e["label"] for e in [*task.train, *task.evaluation]}
+    assert found == {f"t{n}": n % 2 for n in range(9)}
+    example = {"text": "t", "label": 1}
+    assert task.demonstration(example) == "Review: t Mood: good"
+    assert load_task(path, "Review: {text} Mood:", "bad, good") == task
+    chinese = own_file(tmp_path / "a.jsonl", [{"text": "好片", "label": "好"}] * 2)
+    task = load_task(chinese, "评论：{text} 情感：", "坏, 好")
+    assert task.demonstration(task.train[0]) == "评论：好片 情感：好"
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "labels", "named"),
+    [
+        (2, "", "a, b", "needs a template"),
+        (2, "no field", "a, b", "needs a template.*no field"),
+        (2, "{text} is {", "a, b", "template"),
+        (2, "{text}:", "a", "two or more different label words"),
+        (2, "{text}:", "a, a", "two or more different label words"),
+        (1, "{text}:", "a, b", "one example"),
+        (0, "{text}:", "a, b", "missing or empty"),
+        (2, "{title}:", "a, b", "line 1: no field 'title'"),
+        (2, "{text}:", "b, c", "line 1: label 'a' is not"),
+    ],
+)
+def test_a_file_that_is_no_task(rows, template, labels, named, tmp_path):
+    path = own_file(tmp_path / "mine.jsonl", [{"text": "t", "label": "a"}] * rows)
+    with pytest.raises(ValueError, match=named):
+        load_task(path, template, labels)
+
+
+def test_a_named_task_has_its_own_words():
+    with pytest.raises(ValueError, match="subj_rebuilt has its own"):
+        load_task("subj_rebuilt", labels="a, b")

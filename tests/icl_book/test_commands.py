@@ -209,7 +209,7 @@ def test_make_runs_nothing_of_a_value(target, name, by, checkout):
 
 def test_make_passes_on_what_it_is_given(checkout):
     said = checkout("chapter", "NAME=05_one", "P=task=mr words=[a,b]").stdout
-    assert said == "<-m><icl_book><chapter><05_one><task=mr><words=[a,b]>"
+    assert said == "<-m><icl_book><chapter><05_one><task=mr words=[a,b]>"
     said = checkout("sweep", "GRID=my grids/a.yaml", "OPTIONS=--to x").stdout
     assert said == "<-m><icl_book><sweep><my grids/a.yaml><--to><x>"
 

@@ -98,6 +98,34 @@ def test_values_get_their_type(notebook):
     }
 
 
+def test_values_with_blanks_end_at_the_next_key(notebook):
+    given = ["words=Review: {text} Mood: scale=smoke", "steps=2 rate=.5"]
+    assert parse_parameters(notebook, given) == {
+        "words": "Review: {text} Mood:",
+        "scale": "smoke",
+        "steps": 2,
+        "rate": 0.5,
+    }
+    assert parse_parameters(notebook, [""]) == {}
+
+
+def test_a_name_that_may_be_a_file(root):
+    line = 'task: str = "mr"  # mr | *.jsonl: text'
+    notebook = write(root / "one.ipynb", parameters=line, body="1")
+    (root / "mine.jsonl").write_text("{}\n")
+    assert parse_parameters(notebook, [f"task={root}/mine.jsonl"]) == {
+        "task": "mine.jsonl"
+    }
+    with pytest.raises(BookError, match=r"task=cb must be str, mr, \*\.jsonl"):
+        parse_parameters(notebook, ["task=cb"])
+    names = [{"task": "mine.jsonl"}, {"task": "mr"}]
+    first, other = (run.fingerprint for run in plan(notebook, names, root))
+    (root / "mine.jsonl").write_text("{}\n{}\n")
+    again, same = (run.fingerprint for run in plan(notebook, names, root))
+    assert again != first
+    assert same == other
+
+
 @pytest.mark.parametrize(
     ("item", "allowed"),
     [
@@ -259,7 +287,7 @@ def test_models_count_by_their_files(root):
     weights = root / "models" / "weights.safetensors"
     weights.write_bytes(b"one")
     found = inputs(notebook, ["models", "hub/id"])
-    assert found["model hub/id"] == "hub/id"
+    assert found["file hub/id"] == "hub/id"
     names = [{"model": "models"}, {"model": "hub/id"}]
     first, hub = (one.fingerprint for one in plan(notebook, names, root))
     weights.write_bytes(b"two")
