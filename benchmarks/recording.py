@@ -3,7 +3,7 @@
 The original code runs every query by itself behind its whole prompt and writes
 what it records as JSON text. For SmolLM2 and MR behind 32 demonstrations:
 
-0. seconds and peak memory of one whole setting on 500 queries (zero-shot, in
+0. seconds and peak memory of one whole setting on 1,000 queries (zero-shot, in
    context, finetuning, finetuned; all recordings at both positions; all
    measures);
 1. seconds of the original way over seconds of ``icl.activations.record``, for the

@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from icl.kernels import streaming_attention
 
-#: And what is asked of the power by which their time grows.
+#: Methods, with the target of the exponent by which their time grows.
 METHODS = {"streaming": 1.1, "fused": None, "explicit": None}
 NORM = 1.0  # of queries and keys, the queries with their factor 1/√d
 

@@ -5,7 +5,7 @@ rounds counting, for a GPT of 1 million parameters on random bytes:
 
 - a plain loop (transformers' GPT-2 as it comes, scaled_dot_product_attention, AdamW,
   clipping, a new learning rate at each step);
-- the trainer with softmax attention, and with momentum, fixed and learned a head.
+- the trainer with softmax attention, and with momentum, fixed and learned per head.
 """
 
 import tempfile
@@ -83,7 +83,7 @@ def main():
 
 
 def flops():
-    """Floating-point operations of a step of training, a token."""
+    """Floating-point operations of a training step per token."""
     layers, width, _ = SIZES[SIZE]
     model = build_model(SIZE, VOCABULARY, LENGTH, rotary=False)
     weights = model.num_parameters() - model.transformer.wpe.weight.numel()

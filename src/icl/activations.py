@@ -1,6 +1,6 @@
 """What attention computes: queries, keys, values, scores and outputs.
 
-:func:`capture_qkv` reads one prompt. :func:`record` rides on the packed pass of
+:func:`capture_qkv` reads one prompt. :func:`record` uses the packed pass of
 :mod:`icl.scoring`: a row's attention outputs, queries and scores are written to one
 safetensors file as soon as the row has run, so memory does not grow with the number
 of queries.
@@ -28,8 +28,8 @@ from icl.scoring import TRUNK, Packing, agree, check_eval, context_length, facts
 #: The families whose attention can be reached.
 FAMILIES = "gpt2, opt, xglm, gpt_neox, llama and qwen"
 
-#: The token that is read is the last of the prompt, from which the label is predicted,
-#: or of the first label word behind it, which the code of Dai et al. reads.
+#: Tokens that can be recorded: the last of the prompt, which predicts the label, or the
+#: last of the first label word after it, as in the code of Dai et al.
 POSITIONS = ("prompt", "label")
 
 _LIKELIEST = 10  # next tokens that are kept; Shen et al. (2024) compare as many
@@ -122,8 +122,8 @@ def capture_queries(model):
     embeddings and with the factor ``1/√d_h``.
 
     Raises:
-        ValueError: what is collected does not give the model's own attention weights
-            and prediction of a few tokens (compared once).
+        ValueError: the model is in training mode, or the queries do not reproduce its
+            attention weights and prediction on a few tokens (compared once).
     """
     check_eval(model)
     known = facts(model)
@@ -267,8 +267,8 @@ def record(
     Args:
         model, tokenizer, queries, label_words, demonstrations, blank: as for
             :func:`icl.scoring.score`.
-        folder: where to write, for :func:`read_recording`; it appears when the last
-            row has run, so a killed run leaves none.
+        folder: new folder, for :func:`read_recording`; it appears when the last row
+            has run, so an interrupted run leaves none.
         positions: which of ``POSITIONS`` are read, in one pass.
         attended: for how many of the first queries the scores over the
             demonstrations are kept; default 100, as in the original code.

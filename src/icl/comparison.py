@@ -33,7 +33,7 @@ class Evaluator:
 
     Attributes:
         model, tokenizer: from :func:`icl.models.load_model`.
-        task: what is asked.
+        task: examples, template and label words.
         layout: see :func:`icl.tasks.prompt_prefix`.
     """
 
@@ -94,8 +94,8 @@ class Evaluator:
     def finetune(self, examples, learning_rate, **options):
         """:func:`finetune_with_queries` on demonstrations, in their order.
 
-        Of the attention queries, those of the examples' own tokens: not of what a
-        layout puts at the front. None if the tokenizer does not tell them apart.
+        The attention queries are those of the examples' own tokens, without what a
+        layout puts at the front; None if the tokenizer has no character offsets.
         """
         alone = self.prefix()
         texts = [alone + self.task.demonstration(e) for e in examples]
@@ -159,9 +159,9 @@ def similarities(
 
     Args:
         zsl, ft, icl: recordings of the same queries at the same position.
-        training_queries: from :func:`finetune_with_queries`. Left out, as where the
-            two learners saw other tokens, so are the measures of attention to them.
-        owner: whose token each token of ICL's prefix is, from
+        training_queries: from :func:`finetune_with_queries`. If left
+            out (the learners saw different tokens), so are the measures that need them.
+        owner: number of the demonstration of each token of ICL's prefix, from
             :func:`icl.tasks.demonstration_of_tokens`.
     """
     outputs, own = (zsl.outputs, ft.outputs, icl.outputs), (zsl.own, ft.own, icl.own)

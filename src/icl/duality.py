@@ -70,9 +70,9 @@ def approximations(
 ) -> dict[str, Float[Tensor, "*batch d_o"]]:
     """Change of a head's output by demonstrations, and approximations to it.
 
-    ``demonstrations`` are booleans, one a token, some True and some False (else
-    ``ValueError``). With ``m`` the mass on the ``n`` tokens that are, ``h`` the output
-    over the rest and bars for means over the demonstration tokens:
+    ``demonstrations`` is one boolean per token, some True and some False (else
+    ``ValueError``). With ``m`` the attention on the ``n`` demonstration tokens, ``h``
+    the output over the others and bars for means over the demonstration tokens:
 
     - ``"change"``: the change itself;
     - ``"relaxed"``: ``ΔW_ICL q`` (Dai et al. 2023, eq. 11-12);
@@ -158,7 +158,7 @@ def icl_update(layers: list[Heads], centred=False) -> Float[Tensor, "L H d_h d_h
 
     Args:
         layers: from :func:`icl.activations.capture_qkv` of :func:`encode_prompt`.
-        centred: keys relative to their mean, without what a shift of them all changes.
+        centred: subtract the mean key: a shift of all keys then changes nothing.
     """
     _, key, value = _stack_wide(layers)
     key, value = key[..., 1:, :], value[..., 1:, :]

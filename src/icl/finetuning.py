@@ -151,7 +151,7 @@ def _restored(tensors):
 
 @contextmanager
 def _trainable(weights):
-    """The weights with gradients, and then with or without as they were."""
+    """Weights that require gradients in the block; their flags are restored after."""
     before = [weight.requires_grad for weight in weights]
     try:
         for weight in weights:
@@ -164,7 +164,7 @@ def _trainable(weights):
 
 @contextmanager
 def _in_float32(model):
-    """The model with its half-precision tensors as float32, and then as they were.
+    """The model's half-precision tensors in float32 inside the block, restored after.
 
     A step of SGD is mostly smaller than half a unit in bfloat16's last place.
     """

@@ -3,8 +3,8 @@ r"""Softmax attention as the prediction of a kernel model after one gradient ste
 The features of a finite set that make the softmax kernel, :math:`\exp(x^\top y) =
 \phi(x)^\top \phi(y)`; the *dual model* :math:`f(z) = W \phi(z)` of Ren and Liu (2024)
 with its loss; shorter queries and keys for the same attention; and causal
-random-feature attention in linear time, which has the logarithms of its features, since
-these overflow long before attention does.
+random-feature attention in linear time, which computes with logarithms of features,
+since features overflow long before attention does.
 
 Scores are plain inner products ``query @ key.mT``: a factor ``1/√d`` belongs
 into the queries (as :func:`icl.activations.capture_qkv` has it).
@@ -29,9 +29,9 @@ _UNDERFLOW = torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps
 def gram_features(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     r"""Features whose inner products are exactly :math:`\exp(z_i^\top z_j)`.
 
-    Of all keys and queries that will meet, row by row: a square root of their Gram
-    matrix. It is taken of :math:`e^{-|z_i - z_j|^2/2}`, whose diagonal is 1, and row
-    :math:`i` is then multiplied by :math:`e^{|z_i|^2/2}`. An inner product of two
+    ``vectors`` are all keys and queries to compare. The features are rows of a square
+    root of their Gram matrix: of :math:`e^{-|z_i - z_j|^2/2}`, whose diagonal is 1,
+    with row :math:`i` multiplied by :math:`e^{|z_i|^2/2}`. An inner product of two
     features is off by about :math:`\varepsilon\,e^{|z_i|^2/2 + |z_j|^2/2}`.
 
     Raises:
@@ -101,11 +101,11 @@ def balance(query: _Tokens, key: _Tokens) -> tuple[_Tokens, _Tokens]:
     r"""Queries and keys with the same attention, and the least mean of ``|q + k|²``.
 
     One vector added to all keys changes no softmax, and neither do queries :math:`Aq`
-    with keys :math:`A^{-\top}k`. The best vector makes the mean of the keys minus that
-    of the queries. The best matrix has :math:`A^\top A = C_q^{-1/2}(C_q^{1/2} C_k
-    C_q^{1/2})^{1/2} C_q^{-1/2}`, with the second moments of centred queries and keys.
-    These have a ridge of a thousandth of their mean, against directions that no token
-    has. Means and moments are over all tokens, later ones included.
+    with keys :math:`A^{-\top}k`. The best vector makes the mean of the keys the
+    negative of the queries' mean. The best matrix has :math:`A^\top A = C_q^{-1/2}
+    (C_q^{1/2} C_k C_q^{1/2})^{1/2} C_q^{-1/2}`, with the second moments of centred
+    queries and keys plus a ridge of 1e-3 times their mean square entry, against
+    directions that no token has. Means and moments are over all tokens, later ones too.
     """
     centred = [x - x.mean(-2, keepdim=True) for x in (query, key)]
     C_q, C_k = map(_moments, centred)

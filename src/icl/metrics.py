@@ -119,9 +119,10 @@ def mean_interval(values, over: str) -> Interval:
     """Mean of a sample with Student's t interval.
 
     Args:
-        values: one number per unit, at least two. A pandas Series whose index has names
-            is averaged within each ``over`` first, which must be one of them. For the
-            difference of two methods on the same seeds, give the differences.
+        values: one number per unit, at least two. A pandas Series with a named index is
+            first averaged within each ``over``, which must be a level of the index
+            (the level ``seed`` for ``"draw"``). For the difference of two methods on
+            the same seeds, give the differences.
         over: one of :data:`UNITS`.
     """
     _check_unit(over)
@@ -146,8 +147,8 @@ def bootstrap_interval(
     """Mean of a sample with its percentile bootstrap interval, for fifty units or more.
 
     Args:
-        values: one number per unit, not infinite; NaN are left out. Without any other
-            the interval is NaN.
+        values: one number per unit, not infinite; NaN are left out. If all are NaN,
+            so is the interval.
         over: one of :data:`UNITS`.
         draws: how many samples of the same size are drawn, with replacement.
     """
@@ -171,9 +172,10 @@ def crossed_interval(values: Num[np.ndarray, "D N"]) -> Interval:
     """Mean over D draws that were all judged on the same N queries.
 
     Draws and queries are random and crossed: the variance of the mean is that of a
-    two-way layout with random effects, (MS_draw + MS_query - MS_rest)/DN, with
-    Satterthwaite's (1946) degrees of freedom. An interval over draws alone holds for
-    these queries only, one over the DN answers takes them for independent.
+    two-way layout with random effects, (MS_draw + MS_query - MS_rest)/DN, but at least
+    MS_draw/DN and MS_query/DN, with Satterthwaite's (1946) degrees of freedom. An
+    interval over draws alone holds for these queries only; one over the DN answers
+    treats them as independent.
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 2 or min(values.shape) < 2:
@@ -340,8 +342,8 @@ def kendall(m_icl: TokenMaps, m_ft: TokenMaps) -> Similarity:
     """Kendall's tau-b of attention to the training tokens (Dai et al. 2023, 4.6).
 
     A rank correlation, so it is the same before and after the softmax that the
-    original code applies (but for ties that rounding makes). Of ICL's scores over the
-    demonstrations' tokens, summed over heads, separators left out, and of
+    original code applies (but for ties that rounding makes). ``m_icl`` are ICL's scores
+    over the demonstrations' tokens (without separators), summed over heads; ``m_ft`` is
     :func:`training_attention` over the same tokens.
     """
     return _pairwise(_tau, *_alike(m_icl, m_ft))
@@ -350,8 +352,8 @@ def kendall(m_icl: TokenMaps, m_ft: TokenMaps) -> Similarity:
 def kendall_of_examples(m_icl: TokenMaps, m_ft: TokenMaps, example) -> Similarity:
     """:func:`kendall` of whole demonstrations (in the original code, not the paper).
 
-    Each weighs what the softmax over all tokens gives to its own; ``example`` says
-    which demonstration a token is of, counted from 0.
+    The score of a demonstration is the softmax mass of its tokens; ``example`` is the
+    index, from 0, of the demonstration that each token belongs to.
     """
     member = np.asarray(example)[:, None] == np.unique(example)
     maps = _alike(m_icl, m_ft)

@@ -49,8 +49,8 @@ def load_model(name=DEFAULT, device="auto", dtype=None, labels=None) -> tuple:
         model in evaluation mode, parameters without gradients, and tokenizer.
 
     Raises:
-        ValueError: no such model, no safe, whole or plain weights, or a tokenizer of
-            another model.
+        ValueError: no such model; weights that are pickled, incomplete or quantised
+            (other than GGUF); or a tokenizer of another model.
         AssetError: the built-in model is neither cached nor within reach.
     """
     where = _device(device)
@@ -286,8 +286,9 @@ class _OneDNNConv1D(Conv1D):
 def use_onednn(model: torch.nn.Module, always: bool = False) -> None:
     """Let oneDNN compute a model's linear maps on a CPU, if it is faster there.
 
-    Answers differ by rounding alone. A product of the model's own shape (the map of
-    middling size, at most 2¹⁹ of its weights) is timed once per process, in 20 ms.
+    Results differ by rounding alone. A product of the shape of the model's median map
+    (at most 2¹⁹ of its weights) is timed for 20 ms, once per shape in a process; oneDNN
+    is used if it is 1.5 times as fast.
 
     Args:
         model: changed in place.
@@ -303,7 +304,7 @@ def use_onednn(model: torch.nn.Module, always: bool = False) -> None:
             module.__class__ = kinds[type(module)]
 
 
-@functools.cache  # all models of a process are treated alike
+@functools.cache  # the same shape is treated alike in all of a process
 @torch.inference_mode()
 def _onednn_is_faster(rows, columns, is_transposed):
     d_out, d = (columns, rows) if is_transposed else (rows, columns)

@@ -1,10 +1,11 @@
 r"""In-context regression: random tasks, classical answers, networks that learn them.
 
 A task has examples ``X, y`` and one more input ``x``, whose label is to be predicted.
-A predictor is a function ``predict(X, y, x)`` of a batch of tasks; it starts from the
-zero function. ``generator`` is the source of randomness of what is drawn. Tasks that do
-not fit together or are not finite, covariances that are not symmetric and positive
-definite, options outside what is documented and infinite losses raise ``ValueError``.
+A predictor is a function ``predict(X, y, x)`` of a batch of tasks; gradient
+descent starts from the zero function. ``generator`` draws all random numbers. Tasks
+that do not fit together or are not finite, covariances that are not symmetric and
+positive definite, options outside what is documented and infinite losses raise
+``ValueError``.
 
 Networks read tokens ``(x_i, y_i)`` and, last, the query ``(x, 0)``. A layer of linear
 self-attention in the form of Ahn et al. (2023), with the tokens as rows,
@@ -199,7 +200,7 @@ def at_every_prefix(predict, X: _Inputs, y: _Labels, **options) -> _Labels:
 
 
 def _check_task(X, y, x, **positive):
-    """Other shapes could broadcast, and give predictions of something else."""
+    """Refuse shapes that could broadcast, and entries not finite or not positive."""
     shapes = tuple(X.shape), tuple(y.shape), tuple(x.shape)
     if X.ndim != 3 or not X.shape[1] or shapes[1:] != (shapes[0][:2], shapes[0][::2]):
         raise ValueError(f"X (B, N, d), y (B, N), x (B, d) with N > 0, not {shapes}")
@@ -329,9 +330,9 @@ def fit_adam(
 
 
 def fit_lbfgs(loss, parameters, steps) -> float:
-    """Fit parameters by L-BFGS to a loss without randomness; the loss at the end.
+    """Fit parameters by L-BFGS to a loss without randomness; the least loss.
 
-    Unlike Adam, L-BFGS does not care along which axes the parameters lie. It may
+    Unlike Adam, L-BFGS is invariant to a rotation of the parameters. It may
     jump too far on a polynomial of high degree, so the parameters are left at the
     best point that it evaluated in at most ``steps`` iterations.
     """

@@ -79,9 +79,9 @@ class Row(NamedTuple):
 
     Attributes:
         numbers: which queries these are.
-        ids, position: of each token, the position that in its own prompt.
-        query, branch: the query that each token belongs to, and the label, or
-            ``TRUNK``.
+        ids, position: id of each token, and its position in its own prompt.
+        query, branch: number of the query and of the label that each token belongs
+            to; ``TRUNK`` for the query's own tokens.
         stops: places in the row whose next-token distribution is needed.
         slots: for each query the index in ``stops`` of its last token and, for
             each label, those of the label's own tokens but the last.
@@ -327,7 +327,7 @@ class Packing:
 
 
 def facts(model) -> dict:
-    """What has been found out about a model with its present attention, to be kept."""
+    """Cached facts about a model, by attention implementation and configuration."""
     config = model.config
     layout = getattr(config, "_attn_implementation", None), config.to_json_string()
     return _found.setdefault(model, {}).setdefault(layout, {})
@@ -374,9 +374,9 @@ def encode(tokenizer, what: str, texts) -> list[list[int]]:
 def _encode(tokenizer, queries, label_words, demonstrations, blank):
     """Token ids of the demonstrations, of each query and of each label.
 
-    A prompt is one text to the tokenizer. What is the demonstrations' are the tokens
-    that they have by themselves and in every prompt; what is the label's follows the
-    prompt's tokens, as in the lm-evaluation-harness.
+    A prompt is encoded as one text. The demonstrations' tokens are those with which
+    they alone and every prompt begin; a label's tokens are those after the prompt's, as
+    in the lm-evaluation-harness.
     """
     queries = queries if isinstance(queries, str | None) else [*queries]
     encode(tokenizer, "query", queries)  # neither is empty by itself

@@ -98,7 +98,7 @@ class Task:
         return replace(self, evaluation=[self.evaluation[i] for i in order])
 
     def digest(self) -> str:
-        """SHA-256 over template, label words and both splits, 16 digits."""
+        """SHA-256 of template, label words, splits and ``blank``, 16 hex digits."""
         parts = [list(p) for p in (self.label_words, self.train, self.evaluation)]
         parts += [self.blank] * (self.blank != " ")  # tables hold digests without it
         text = json.dumps([self.template, *parts], sort_keys=True)
@@ -128,8 +128,8 @@ def _problem(example, template, n_labels):
     return None
 
 
-#: Text before all examples, and after each: a line break behind what the tokenizer
-#: puts before a text; the same without anything before it; the original code's tokens.
+#: Layouts of a prompt, see prompt_prefix: line breaks, behind the beginning-of-text
+#: token if the tokenizer adds one; no opening; the original code's special tokens.
 _LAYOUTS = ("newline", "bare", "eos")
 
 
@@ -258,7 +258,7 @@ def load_task(name: str, template: str = "", labels: str = "") -> Task:
     The six tasks of the paper (``sst2 sst5 mr subj agnews cb``) and ``sst2_phrases``
     are looked for in the folder named by the environment variable ``ICL_DATA`` (one
     folder per task, ``train.jsonl`` and ``validation.jsonl`` or ``test.jsonl``, in
-    UTF-8), for ``mr`` then in a registry package, then on the hub through
+    UTF-8), else ``mr`` in a registry package and the others on the hub through
     ``datasets``. ``sst2`` has 6,920 sentences to draw from, ``sst2_phrases`` the 67,349
     phrases of GLUE. Blanks around a text are stripped; AG News keeps its entities and
     backslashes. ``subj_rebuilt`` and ``movie5`` are kin of Subj and SST-5 that registry
@@ -357,7 +357,7 @@ def _read_jsonl(path, spec):
 
 
 def _unique(found):
-    """A JSON object from its pairs, none of them twice; NaN and the like are none."""
+    """A JSON object from its pairs; ValueError for a repeated key, NaN or infinity."""
     if isinstance(found, str) or len(dict(found)) < len(found):
         raise ValueError(f"a key that is there twice, or no number: {found}")
     return dict(found)

@@ -2,7 +2,8 @@
 
 One loop for a CPU, a GPU or several processes (``accelerate launch`` of a script that
 calls :func:`train`). A checkpoint holds weights, optimizer and progress as safetensors
-and JSON; a killed run resumes from the last one, on a CPU to the bit.
+and JSON; an interrupted run resumes from the last one, bit for bit on a CPU.
+On a GPU that has bfloat16, training is in mixed precision.
 """
 
 import json
@@ -165,7 +166,7 @@ def build_model(
 
 
 def train(model, batches, folder, config, measure=None, report=print, **data):
-    """Train a model in place, or resume its killed run.
+    """Train a model in place, or resume its interrupted run.
 
     Args:
         model: from :func:`build_model`, or another with a ``config`` and a ``loss``.
@@ -174,7 +175,7 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
         folder: of this run alone, for its checkpoint, ``checkpoint.safetensors``, and
             at the end the model, if transformers can save it.
         config: settings.
-        measure: number to evaluate of the model, or a dict of them; default none.
+        measure: function of the model to a number or a dict of them; default none.
         report: receives a line of progress after the first step, which says how long
             the run takes, and at each evaluation.
         data: what a checkpoint must agree on besides, such as the seed of the batches.
@@ -251,7 +252,7 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
 
 @torch.no_grad()
 def evaluate(model, tokens, length, batch=32) -> Float[np.ndarray, " W"]:
-    """Mean nats per token in each window of ``length`` tokens of a text."""
+    """Mean nats per predicted token in the disjoint windows of ``length`` tokens."""
     most = min(len(tokens), model.config.max_position_embeddings)
     if not 1 < length <= most:
         raise ValueError(f"windows of {length} tokens do not fit into {most}")

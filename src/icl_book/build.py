@@ -50,7 +50,7 @@ def notebooks() -> list[str]:
 
 
 def chapters() -> list[str]:
-    """Those of them that are numbered."""
+    """Names of the numbered pages, the chapters, in order."""
     return [name for name in notebooks() if name[0].isdigit()]
 
 
@@ -120,7 +120,7 @@ def _pages(records, scale, folder):
 
 
 def download_assets():
-    """Fetch and convert all that chapters read, so that none is timed with it."""
+    """Fetch and convert all that chapters read, before any of them is timed."""
     from icl.models import built_in  # torch and transformers: not for every command
 
     start = time.perf_counter()
@@ -191,8 +191,8 @@ def _unpack_mathjax(folder):
 def executed_page(source: Path, run: Path):
     """A notebook with its prose as it stands and the outputs of its run.
 
-    Only code decides whether a notebook runs again, so its prose may be newer. Before
-    the first cell that enters a finding of a claim is a place to link to.
+    Only code decides whether a notebook runs again, so its prose may be newer. The
+    first cell that enters a finding of a claim gets an anchor before it.
     """
     page, done = (nbformat.read(path, as_version=4) for path in (source, run))
     outputs, cells = [c for c in done.cells if c.cell_type == "code"], []

@@ -1,7 +1,7 @@
 """Run a notebook once: parameters checked, the result kept under its fingerprint.
 
-papermill executes it, in a fresh kernel of this Python. A finished run is not made
-again while nothing changes that it depends on; :func:`inputs` lists that.
+papermill executes it, in a fresh kernel of this Python. A finished run is reused
+until something that it depends on changes; :func:`inputs` lists these things.
 """
 
 import ast
@@ -36,7 +36,8 @@ from icl_book import store
 from icl_book.store import NOTEBOOK, ROOT, BookError, table_path
 
 LIMIT = 3600  # seconds that a run may take
-FILES = {"model", "task"}  # parameters that may be paths
+#: Parameters that may be paths.
+FILES = {"model", "task"}
 SOURCE_DATE_EPOCH = "1767225600"  # 2026, for all dates that a build would write
 #: Of a kernel, so that a run depends on no setting of its machine.
 KERNEL_ENV = {
@@ -124,8 +125,8 @@ def parameters_in(cell, where: str) -> dict[str, Parameter]:
 def check_values(known: dict[str, Parameter], given: dict, where, base=None) -> dict:
     """Values by name in their parameters' types; BookError if one is not allowed.
 
-    ``where`` they are given is for the error. A path of :data:`FILES` counts from the
-    folder ``base`` if it is there, else from the repository.
+    ``where`` names their origin in errors. A path of :data:`FILES` is relative to the
+    folder ``base`` if it exists there, else to the repository.
     """
     if strange := given.keys() - known.keys():
         lines = "".join(f"\n  {p.name}={p.default}  {p.help}" for p in known.values())
@@ -208,7 +209,7 @@ def inputs(notebook: Path, files=(), threads=None) -> dict[str, str]:
 
 
 def plan(notebook: Path, parameters: list[dict], folder: Path, threads=None):
-    """A list of :class:`Run`, one for each dict of parameters that are no defaults."""
+    """A list of :class:`Run`, one per dict of the parameters that are not defaults."""
     defaults = {p.name: p.default for p in read_parameters(notebook).values()}
     filled, runs = [defaults | given for given in parameters], []
     shared = inputs(notebook, set().union(*map(named_files, filled)), threads)
@@ -245,7 +246,7 @@ def _of_file(path, size, modified):
 
 
 def data_folder() -> str:
-    """``ICL_DATA`` from the root of the file system on, "" if it is not set."""
+    """``ICL_DATA`` as an absolute path, "" if it is not set."""
     given = os.environ.get("ICL_DATA")
     return os.path.abspath(os.path.expanduser(given)) if given else ""
 
@@ -256,7 +257,7 @@ def kernel_env(threads=None) -> dict[str, str]:
     found = os.environ | KERNEL_ENV | (own if threads else {})
     if data := data_folder():  # a kernel works in another folder
         found["ICL_DATA"] = data
-    # Dask's, for its workers: memory goes back after every product, and comes again
+    # Set by Dask for its workers: they would free and allocate memory at every product
     found.pop("MALLOC_TRIM_THRESHOLD_", None)
     return found
 
@@ -293,8 +294,8 @@ def kernel_manager(folder, threads=None):
 
 @contextmanager
 def _scratch(run):
-    """Two empty folders, for the notebook and for sockets, that end with the run, as do
-    the processes that it has left, on Linux also those in sessions of their own."""
+    """Two empty folders, for the notebook and for sockets, removed after the run. Child
+    processes left by it are killed, on Linux also those in sessions of their own."""
     _take_orphans(True)
     before = {*psutil.Process().children()}
     try:
@@ -335,13 +336,13 @@ def _lock(run, **options):
 
 
 def remove_scratch(run: Run):
-    """Remove what a killed process left of a run, unless some process is at it."""
+    """Remove the scratch folders of an interrupted run, unless its lock is held."""
     with suppress(Timeout, OSError), _lock(run, blocking=False):
         _remove(run)
 
 
 def run_once(run: Run, limit=LIMIT, progress=False) -> dict:
-    """Make a run, within ``limit`` seconds, unless its result is there.
+    """Execute a run within ``limit`` seconds, or return its cached result.
 
     Returns:
         the record: ``rows``, ``facts`` and ``findings`` that the notebook has entered,
@@ -371,7 +372,7 @@ def _execute(run, scratch, sockets, limit, progress):
     started, cell, error = time.perf_counter(), {}, None
     rows, facts, findings = [], {}, []
     manager = kernel_manager(sockets, run.threads)
-    braces = {123: "{{", 125: "}}"}  # what stands in one, papermill fills in
+    braces = {123: "{{", 125: "}}"}  # papermill formats paths: double their braces
     try:
         done = papermill.execute_notebook(
             str(run.notebook).translate(braces),

@@ -21,7 +21,7 @@ from icl_book.store import COSTS, MADE, RESULT, ROOT, environment, read_table
 #: How much is run, from seconds (tests) and a minute (reading) to the whole protocol.
 SCALES = ("smoke", "laptop", "paper")
 
-#: One colour a role, for the whole book (Okabe & Ito's colour-blind-safe set,
+#: One colour per role, for the whole book (Okabe & Ito's colour-blind-safe set,
 #: lightened or darkened to be read on white and on near-black).
 COLOURS = {
     "ZSL": "#8a8f98",
@@ -59,7 +59,7 @@ _findings = []
 
 
 def begin(scale: str, seed: int = 0):
-    """Open a chapter: check its parameters, seed everything, set the figures' style."""
+    """Open a chapter: check its parameters, seed NumPy and torch, set the style."""
     import torch  # seconds, which not every experiment needs
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -271,7 +271,7 @@ def at_best_rate(measure: str, seeds=1, **where) -> tuple[pd.Series, pd.DataFram
             weights after 600 steps on Shakespeare.
 
     Returns:
-        ``(rates, values)``: the rate of each arm; a row a seed, a column an arm.
+        ``(rates, values)``: rates by arm; values by seed (row) and arm (column).
     """
     usual = dict(corpus="shakespeare", positions="rotary", size="1m", steps=600)
     rows, _ = read_table("language_models")
@@ -286,7 +286,7 @@ def at_best_rate(measure: str, seeds=1, **where) -> tuple[pd.Series, pd.DataFram
 
 
 def subplot_grid(count: int):
-    """A figure of ``count`` small panels, three a row: ``(figure, axes)``."""
+    """A figure of ``count`` small panels, three per row: ``(figure, axes)``."""
     rows = -(-count // 3)
     size, look = (7, 0.6 + 1.9 * rows), {"squeeze": False, "layout": "constrained"}
     look |= {"sharex": True, "sharey": True, "figsize": size}
@@ -315,16 +315,16 @@ def intervals(ax, found, at=None, along="x", **look):
 
 
 def slider(draw, values, name, alt, caption, start=0) -> HTML:
-    """A figure with a slider: a picture for each value, of which one is seen.
+    """A figure with a slider: a picture for each value, of which one is shown.
 
-    It needs no kernel, no network and no library; on paper it is the first one seen.
+    It needs no kernel, network or library; on paper it shows the picture of ``start``.
 
     Args:
         draw: ``draw(value)`` makes a figure.
-        values: those that the slider has.
-        name: of what it moves.
-        alt, caption: what is seen, and what it shows.
-        start: number of the value at first.
+        values: numbers that the slider steps through.
+        name: name of that quantity, the slider's label.
+        alt, caption: alternative text, and caption.
+        start: index of the first value shown.
     """
     pictures = []
     for value in values:

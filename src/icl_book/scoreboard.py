@@ -242,7 +242,7 @@ def _places(row, published=None):
 
 
 def markdown(cards: list[dict]) -> str:
-    """The cards of the scoreboard, a section a claim."""
+    """The cards of the scoreboard, one section per claim."""
     blocks = {"trim_blocks": True, "lstrip_blocks": True, "autoescape": False}
     environment = Environment(loader=PackageLoader("icl_book", "."), **blocks)
     environment.globals |= {"asked": asked, "over": over, "places": _places}

@@ -130,7 +130,7 @@ def read_table(name: str | Path, words=()) -> tuple[pd.DataFrame, dict]:
 
     Args:
         name: of a table in ``results/``, or the path of the CSV file of a sweep.
-        words: columns that are no numbers, whatever they look like.
+        words: columns to read as text.
 
     Raises:
         ValueError: there is no such table.

@@ -1,8 +1,8 @@
 """Run a notebook over a grid of parameters, on the cores of a machine or on a cluster.
 
 A grid file expands to runs (:mod:`icl_book.execute`), which Dask distributed deals out
-to this machine's cores or GPUs, or to the workers of any scheduler. No run is made
-twice, so a sweep that was stopped, by whatever, resumes with the same command.
+to this machine's cores or GPUs, or to the workers of any scheduler. Finished
+runs are cached, so an interrupted sweep resumes with the same command.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from icl_book.execute import (
 )
 from icl_book.store import ROOT, BookError, read_run
 
-RETRIES = 2  # of a run whose kernel did not start; Dask's own
+RETRIES = 2  # by Dask, of a run that raised, as when its kernel did not start
 REFUSED = "icl-refused"  # Dask's topic of workers that differ
 #: What a grid says of its runs, beside lists of parameters.
 OPTIONS = {
@@ -191,7 +191,7 @@ def connect(scheduler=None, scheduler_file=None, workers=None, threads=1, timeou
     """A Dask client: of the given scheduler, else of a cluster on this machine.
 
     Args:
-        scheduler, scheduler_file: its address, or a file that it has written.
+        scheduler, scheduler_file: address of a Dask scheduler, or the file it writes.
         workers: processes on this machine; default one for each GPU, or for each
             ``threads`` cores.
         timeout: seconds that the scheduler has to answer.
@@ -230,12 +230,12 @@ def _local_cluster(workers, threads):
 
 
 def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options):
-    """Make the runs of a grid that are not made yet; whether all are finished.
+    """Execute the missing runs of a grid; returns whether all are finished.
 
     Args:
         grid: from :func:`read_grid`.
         folder: of the results.
-        retry_failed: make those again that failed, too.
+        retry_failed: rerun failed runs too.
         skip: keys of runs that are not wanted (:func:`icl_book.store.key_of`).
         timeout, options: as for :func:`connect`.
     """
@@ -276,12 +276,12 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
         why = f"{record.get('error', 'no result')} ({run.folder})"
         log(f"failed: {run.label(grid['varied'])}: {why}")
     if failed:
-        log(f"{len(failed)} failed; --retry-failed makes them again")
+        log(f"{len(failed)} failed; --retry-failed reruns them")
     return not failed
 
 
 def _carry_out(client, todo, options):
-    """Make runs; those are returned whose scheduler went away."""
+    """Execute runs; returns those left when the scheduler stopped."""
     start = told = time.perf_counter()
     count, lost = Counter(), []
     names = [f"run-{start}-{n:06}" for n in range(len(todo))]
@@ -333,8 +333,8 @@ def make_table(
         folder: of the results; default ``_build/sweeps/NAME``.
         table: path of the CSV file; default ``NAME.csv`` in that folder, where rows
             have their costs too.
-        only_missing: leave out runs of which the table has rows.
-        dry: make none, but print which there are (:func:`dry_run`).
+        only_missing: skip runs whose rows are in the table.
+        dry: execute none, only list them (:func:`dry_run`).
         options: as for :func:`sweep`.
     """
     grid = read_grid(path)
@@ -342,7 +342,8 @@ def make_table(
     target = table or folder / f"{path.stem}.csv"
     skip = store.keys_in(target, grid["key"]) if only_missing else ()
     if dry:
-        dry_run(grid, folder, options["workers"] or os.cpu_count(), skip)
+        workers = options["workers"] or max(1, CPU_COUNT // grid["threads"])
+        dry_run(grid, folder, workers, skip)
         return True
     runs, command = expand(grid, folder), f"python -m icl_book sweep {path}"
     try:

@@ -134,7 +134,7 @@ def _later(tag, folder):
 
 
 def _excerpts(html, pages):
-    """For a search from disk, where no script may read a page: a script with them."""
+    """A script with all pages' text: from disk, the search may not read the pages."""
     texts = {}
     for path, text in pages.items():
         if article := re.search(r"<article.*?</article>", text, re.S):

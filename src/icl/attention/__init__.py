@@ -6,7 +6,7 @@ a model.
 
 - With momentum (Dai et al. 2023, section 5): the paper's formula, the learned long
   convolution that its authors released, and as controls a heavy ball or a short
-  convolution. All join each head's output before the output projection.
+  convolution. Sums are added to each head's output, before the output projection.
 - Contrastive (Ren & Liu 2023), from losses with weight decay, augmented pairs or
   negatives. Their text was not at hand, so the forms here are derived.
 - Memories that learn online (:mod:`icl.online`): linear attention, the delta rule.

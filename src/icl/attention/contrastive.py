@@ -23,11 +23,11 @@ _BLOCK = 64  # rows of scores that are held at a time
 class _Contrastive(AttentionKind):
     """A kind that treats the demonstrations and the query part of a prompt differently.
 
-    ``parts`` are keys and values of the demonstrations, those of the query part, and a
-    factor of its weight by which the output shrinks, or None. The first so many tokens
-    are demonstrations, and attend to each other by softmax attention. If 0, the query
-    part of every token is itself, and its demonstrations are all before it; in an
-    encoder all others, but for special tokens if they are given.
+    ``parts`` returns keys and values of the demonstrations and of the query part, and
+    α or None: the output is scaled by 1 - α w, w the query part's attention weight. The
+    first ``demonstrations`` tokens attend to each other by softmax attention. If 0,
+    each token is its own query part and its demonstrations are all earlier tokens; in
+    an encoder all others, without special tokens if these are given.
     """
 
     demonstrations: int = option("number at the front, or 0", lambda n: n >= 0, 0)
@@ -96,7 +96,8 @@ class RegularisedAttention(_WithStrength, kind="regularised"):
     """Attention as a step on the contrastive loss with weight decay (Ren & Liu 2023).
 
     The decay ``(α/2η)|W|²`` shrinks the weight that the step starts from, and that is
-    the query part's: its values are scaled by ``1 - α``. The control scales the output.
+    the query part's: its values are scaled by ``1 - α``. The control scales
+    the whole output by ``1 - α w``, w the query part's attention weight.
     """
 
     alpha: float | int = option("strength of the decay, finite", math.isfinite)
@@ -114,8 +115,8 @@ class AugmentedAttention(_Contrastive, kind="augmented"):
 
     ``[g_1(V_D), V_T] softmax([g_2(K_D), K_T]ᵀ q)``: the two views of a demonstration
     that the contrastive loss draws together, each changed by a map (Ren & Liu 2023). In
-    a model ``g_1``, ``of_value``, and ``g_2``, ``of_key``, are a ``_View`` each, or
-    in the control a ``_Scale``, which all heads of a layer share.
+    a model ``g_1`` (``of_value``) and ``g_2`` (``of_key``) are a ``_View`` each, shared
+    by all heads of a layer, or in the control a ``_Scale`` with one number per head.
     """
 
     hidden: int = option("width of the views' hidden layers", default=0)
@@ -146,10 +147,11 @@ class AugmentedAttention(_Contrastive, kind="augmented"):
 class NegativeAttention(_WithStrength, kind="negative"):
     """Attention as a step on the contrastive loss with negatives (Ren & Liu 2023).
 
-    A demonstration is also pushed away from the ``k`` that are least like it, or as
-    many as there are: its value becomes ``v_i - (β/k) Σ_{j in N(i)} v_j``. What is like
-    is open in the paper; here the inner product of two keys or of a query and a key. In
-    an encoder a token has the same negatives for all queries, one of which may be it.
+    A demonstration is also pushed away from the ``k`` least similar ones (all if there
+    are fewer): its value becomes ``v_i - (β/k) Σ_{j in N(i)} v_j``. The paper leaves
+    the similarity open; here it is the inner product of two keys or of a query and a
+    key. In an encoder a token has the same negatives for all queries, and the query
+    itself may be one of them.
     The control scales values by ``1 - β``: nothing is pushed away.
     """
 

@@ -13,8 +13,8 @@ class _Memory(AttentionKind):
 
     :func:`icl.online.chunkwise` on queries and keys of unit length, so that every step
     β in [0, 2] is stable, with outputs divided by their root mean square, as those of
-    DeltaNet are (Yang et al. 2024). All tokens are learned anew in every call, also in
-    decoding. Padding, before or behind, writes nothing; packed texts are refused.
+    DeltaNet are (Yang et al. 2024). Every call recomputes the memory from all tokens,
+    in decoding too. Padding on either side writes nothing; packed texts are refused.
     """
 
     needs_all_keys = True
@@ -22,7 +22,7 @@ class _Memory(AttentionKind):
     beta: float | int = option("step, in [0, 2 (1 - momentum)]", default=1.0)
     decay: float | int = option("in (0, 1]", lambda decay: 0 < decay <= 1, default=1.0)
     momentum: float | int = option("in [0, 1)", lambda mu: 0 <= mu < 1, default=0.0)
-    learned: bool = option("rates in their range are read from keys", default=False)
+    learned: bool = option("learn rates inside their range, from keys", default=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -35,7 +35,7 @@ class _Memory(AttentionKind):
         return {"beta": step, "decay": self.decay, "momentum": self.momentum}
 
     def init_learned(self, model, layer):
-        """A row for every head and share inside (0, 1), its logit last."""
+        """Weights ``(H, n, d_h + 1)`` for n shares inside (0, 1), the logit last."""
         if not self.learned:
             return {}
         config, heads = model.config, model.config.num_attention_heads
@@ -80,7 +80,7 @@ class DeltaAttention(_Memory, kind="delta"):
 
 
 def _no_padding(mask, tokens, length):
-    """Which tokens are no padding, ``(B or 1, 1, S)``."""
+    """Which tokens are not padding, ``(B or 1, 1, S)``; ValueError for other masks."""
     seen = to_bool_mask(mask)
     real = seen.any(2)
     causal = relative_positions(None, tokens, length, mask.device) >= 0

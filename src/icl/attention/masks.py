@@ -43,9 +43,9 @@ def to_bool_mask(mask: Mask) -> Bool[Tensor, "#B _ T S"]:
 def relative_positions(
     mask: Mask, tokens: int, length: int, device: torch.device
 ) -> Int[Tensor, "_ 1 T S"]:
-    """Distance of each key from a query, counted in tokens that it attends to.
+    """Distance of each key from a query, counted in tokens that the query attends to.
 
-    0 at the query's own token, -1 where it does not attend.
+    0 at the query's own token, -1 at masked keys.
 
     Raises:
         ValueError: a mask that is not causal, or with padding on the right.

@@ -69,7 +69,7 @@ class MomentumAttention(_WithPast, kind="momentum"):
 
     eta: float | Float[Tensor, "*H"] = option("decay, in (0, 1)", in_unit_interval)
     normalise: bool = option("multiply the sum by 1 - eta", default=False)
-    softmax: bool = option("False leaves the sum alone", default=True)
+    softmax: bool = option("False: the sum without softmax attention", default=True)
 
     def initial(self, device):
         return to_float64(self.eta, device).reshape(-1)
@@ -90,8 +90,8 @@ class HeavyBallAttention(_WithPast, kind="heavy_ball"):
     """Softmax attention whose memory is written by a heavy ball.
 
     In softmax attention every token is one gradient step (Ren & Liu 2023). With the
-    momentum ``m_t = μ m_{t-1} + step`` it is repeated, ever smaller, at all later ones:
-    at distance s it counts ``(1 - μ^(s+1))/(1 - μ)`` times, the older the more.
+    momentum ``m_t = μ m_{t-1} + step`` it is repeated at all later tokens, each time μ
+    times smaller: at distance s it has counted ``(1 - μ^(s+1))/(1 - μ)`` times.
     """
 
     mu: float | Float[Tensor, "*H"] = option("momentum, in (0, 1)", in_unit_interval)

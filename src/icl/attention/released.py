@@ -86,9 +86,9 @@ class ReleasedMomentumAttention(AttentionKind, kind="released_momentum"):
         return convolve_chunked(x, decay, weight)[..., end - tokens :].mT
 
     def _kernel(self, decay, weight, length, heads, dtype, module):
-        """κ from the past on, ``(H, R, d_v)``, as far back as it differs from 0.
+        """κ from the oldest token on, ``(H, R, d_v)``, without a tail below rounding.
 
-        Without gradients the last one is kept, for a step of decoding needs no new one.
+        Without gradients it is cached: a step of decoding needs no new kernel.
         """
         kept = module is not None and not (weight.requires_grad or decay.requires_grad)
         last = getattr(module, "icl_kernel", None) if kept else None
@@ -169,9 +169,9 @@ def convolve_chunked(
 
 
 def _convolve_masked(x, kernel, distance):
-    """The same along what a query attends to, by ``distance (_, T, S)``: any mask.
+    """The same over the tokens that a query attends to, for any mask.
 
-    Of x ``(B, d, S)`` with κ ``(d, R)``, 0 beyond R.
+    Of x ``(B, d, S)`` with κ ``(d, R)``, 0 beyond R, at ``distance (_, T, S)``.
     """
     kernel = pad(kernel, (0, 1))  # where nothing counts
     index = torch.where(distance < 0, kernel.shape[1] - 1, distance)
@@ -191,7 +191,7 @@ def _convolve_masked(x, kernel, distance):
 def _before_and_end(distance):
     """Keys before a text and where it ends, if nothing else is hidden from queries.
 
-    So it is behind padding on the left and in a cache of fixed size. ``(B, S)`` and
+    This covers padding on the left and caches of fixed size. Returns ``(B, S)`` and
     the number of keys up to the last query, or None twice for another mask.
     """
     tokens, length = distance.shape[1:]

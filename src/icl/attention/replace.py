@@ -103,12 +103,13 @@ class AttentionKind:
             query: of the last T of S tokens.
             key, value: ``H_kv`` divides ``H``.
             mask: boolean (True is attended to) or additive; causal, the same for all
-                heads. Distances count the tokens that a query attends to, so they are
-                right behind padding on the left and in rows that hold several texts.
+                heads. Distances count the tokens that a query attends to, so they
+                hold with padding on the left and in rows of several texts.
                 Default: all tokens up to the query's own.
             scaling: of the scores; default ``1/√d_h``.
-            views: of augmented attention, functions ``of_key`` and ``of_value``. As in
-                an encoder, if contrastive: ``is_causal=False, special_tokens_mask=``.
+            views: functions ``of_key`` and ``of_value`` of augmented attention; for
+                contrastive kinds as in an encoder ``is_causal=False`` and
+                ``special_tokens_mask``.
         """
         (heads, tokens), (kv_heads, length) = query.shape[1:3], key.shape[1:3]
         fit = value.shape[1:3] == key.shape[1:3] and not heads % kv_heads
@@ -131,15 +132,15 @@ def replace_attention(
     Args:
         model: a gpt2, opt, gpt_neox, llama, qwen or gemma; if contrastive, also a bert
             or roberta, which takes its tokenizer's ``special_tokens_mask`` too. Its
-            configuration keeps the options, so that a saved model comes back:
-            :func:`icl.models.load_model` loads what was learned too, and
-            ``from_pretrained`` refuses where :mod:`icl.attention` is not imported.
-        kind: a name in ``KINDS``, or ``"softmax"``, which takes away what was replaced,
-            momentum from block to block too.
+            configuration keeps the options: of a saved model
+            :func:`icl.models.load_model` restores them with the learned parameters;
+            ``from_pretrained`` fails unless :mod:`icl.attention` is imported.
+        kind: a name in ``KINDS``, or ``"softmax"``, which restores softmax
+            attention and removes momentum from block to block.
         learned: let every head learn its rates, of a kind that has some. They are
             parameters of the attention modules (``rate_logits``, ``gate_weights``,
             ``convolution_weights``, ``strengths``), marked ``no_weight_decay``.
-        layers: numbers from 0 on of those to replace; default all.
+        layers: indices, from 0, of the layers to replace; default all.
         options: of the kind, see ``help(KINDS[kind])``.
 
     Raises:
@@ -213,9 +214,9 @@ def _forget(module):
 
 
 def restore_attention(model: PreTrainedModel, folder=None) -> PreTrainedModel:
-    """Give a loaded model the attention that it was saved with, and what that learned.
+    """Give a loaded model the attention and learned parameters it was saved with.
 
-    Without a folder, learned parameters begin anew.
+    Without a folder, learned parameters are newly initialised.
 
     Raises:
         ValueError: learned parameters that the model's safetensors files do not hold.

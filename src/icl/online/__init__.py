@@ -16,9 +16,9 @@ and published layers are settings of it:
 layer                    loss          optimizer
 ======================== ============= =============================================
 linear attention         ``inner``     a constant step
-RetNet, Mamba-2          ``inner``     decay: constant, or of a token
+RetNet, Mamba-2          ``inner``     decay: constant, or per token
 momentum attention       ``inner``     momentum
-DeltaNet                 ``squared``   a step of a token
+DeltaNet                 ``squared``   a step per token
 Gated DeltaNet           ``squared``   and decay
 heavy ball               ``squared``   momentum
 Titans                   ``squared``   momentum and decay, ``decayed=False``
@@ -30,8 +30,8 @@ Mesa                     ``squared``   ``precondition="full"``, ``decayed=False`
 
 The inner-product loss :math:`-v^\top W k` has the gradient :math:`-v k^\top` (Ren & Liu
 2024), the squared loss :math:`\tfrac12|Wk - v|^2` has :math:`(Wk - v)\,k^\top`.
-:func:`chunkwise` computes the same by products of matrices, and :func:`mesa` that with
-the full preconditioner.
+:func:`chunkwise` computes the loop of a linear memory by products of matrices, and
+:func:`mesa` that with the full preconditioner.
 """
 
 # Each function after its module: `online.chunkwise` and the like are the functions.

@@ -25,9 +25,9 @@ def chunkwise(
 
     Weights are sums of steps :math:`u_s k_s^\top`, where :math:`u_s = \beta_s v_s` for
     the inner-product loss and :math:`u_s = \beta_s (v_s - \tilde W_s k_s)` for the
-    squared one. Decay and momentum only say how often a step counts: with :math:`D_{ts}
-    = \gamma_{s+1} \cdots \gamma_t` and :math:`E_{ts}` the same of μ, from the weights W
-    and velocity M before a chunk on
+    squared one. Decay and momentum only weight the steps: with :math:`D_{ts}
+    = \gamma_{s+1} \cdots \gamma_t`, :math:`E_{ts}` the same product of μ, and weights W
+    and velocity M before a chunk,
 
     .. math:: W_t = D_{t0} W + \sum_{r=1}^t D_{tr} E_{r0} M + \sum_{s=1}^t (DE)_{ts}
        u_s k_s^\top.

@@ -31,8 +31,9 @@ def mesa(
     kᵀ`` (von Oswald et al. 2025, MesaNet). ``G x`` and ``H x`` are linear attention, of
     values or keys; conjugate gradients start from ``q/(diag H + λ)``.
 
-    Returned are the outputs, the :class:`State`, and the residual of every query as in
-    :func:`conjugate_gradients`. Arguments and errors are those of :func:`chunkwise`.
+    It has ``decayed=False`` and needs β >= 0. Returns outputs, the :class:`State` and
+    the relative residual of each query, as :func:`conjugate_gradients` does. Arguments
+    and errors are those of :func:`recurrent` and :func:`chunkwise`.
     """
     check_positive(ridge=ridge)
     (W,), _, H = init_state(state, key, value)
@@ -64,13 +65,13 @@ def conjugate_gradients(
 ) -> tuple[Vectors, Float[Tensor, "*batch"]]:
     """Solution x of ``A x = b`` for many vectors b (Hestenes & Stiefel 1952).
 
-    Its gradient is that of the exact solution, by another such solve. A warning says
-    how large the residual is where it stays above 50 times the dtype's rounding.
+    Its gradient is that of the exact solution, by a second solve. A warning gives the
+    relative residual if it stays above 50 times the dtype's epsilon.
 
     Args:
         apply: ``A x`` of x; symmetric and positive definite.
         start: first x; default zero.
-        iterations: at most so many, 1 or more, else ``ValueError``.
+        iterations: largest number, positive (else ``ValueError``); default 64.
 
     Returns:
         x, and the norm of the residual over that of b.

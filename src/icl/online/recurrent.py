@@ -64,8 +64,8 @@ def recurrent(
         beta: step; a number, or a tensor that broadcasts to ``(B, H, T)``. Explicit
             steps of a linear memory multiply its error on the pair by ``1 - β|k|²``,
             with the separable loss ``1 - β k_j²``, which must lie in [-1, 1]: for unit
-            keys β is in [0, 2]. With momentum they may add up to ``β/(1 - μ)``; above 2
-            weights can then grow for ever without decay.
+            keys β is in [0, 2]. With momentum a step adds up to ``β/(1 - μ)``; above
+            2 the weights can grow without bound, unless there is decay.
         loss: ``"inner"``, ``"squared"`` or ``"separable"``.
         implicit: the implicit step, stable for all ``β >= 0``; of the inner-product
             loss it is the explicit one.
@@ -73,7 +73,7 @@ def recurrent(
         decayed: whether the gradient is taken at the decayed weights (Yang et al. 2025,
             Gated DeltaNet) or at those before (Behrouz et al. 2025, Titans).
         precondition: None, ``"diagonal"`` or ``"full"``, of a linear model.
-        ridge, iterations: λ, and the most steps of :func:`conjugate_gradients` in full.
+        ridge, iterations: λ; if ``"full"``, most steps of :func:`conjugate_gradients`.
         minibatch: tokens whose gradients are taken at the weights before the first of
             them (Sun et al. 2024). A state continues with a new batch.
         model: ``f(weights, x)``. Autograd takes the gradient of all but :func:`linear`.
