@@ -11,13 +11,17 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses="$$WORKERS"
 NAME ?= 08_icl_and_finetuning
 P ?=
+MODEL ?=
+TASK ?=
+TEMPLATE ?=
+LABELS ?=
 GRID ?= experiments/icl_vs_finetuning.yaml
 OPTIONS ?=
 PORT ?= 8000
 # Values reach a recipe by its environment, as they were written: neither make nor the
 # shell reads them as code (set -f: nor as patterns of file names).
-$(foreach name,WORKERS NAME P GRID OPTIONS PORT,$(eval override $(name) := $$(value $(name))))
-export WORKERS NAME P GRID OPTIONS PORT
+$(foreach name,WORKERS NAME P MODEL TASK TEMPLATE LABELS GRID OPTIONS PORT,$(eval override $(name) := $$(value $(name))))
+export WORKERS NAME P MODEL TASK TEMPLATE LABELS GRID OPTIONS PORT
 TABLES := $(filter-out paper_scale,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*.yaml)))
 CODE := benchmarks book experiments src tests
 SECOND := models/tinyllama-1.1b-chat.gguf
@@ -25,7 +29,7 @@ SECOND_SHA := 9ee11adf737960ff06123d5c4fba24d12c5b05ba460a7afa88950fbf2b61add0
 
 # one table and one benchmark at a time, whatever -j says
 .NOTPARALLEL:
-.PHONY: help setup book lint check test chapter lab sweep table results look pdf serve bench lock clean
+.PHONY: help setup book lint check test chapter report lab sweep table results look pdf serve bench lock clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -65,6 +69,9 @@ test: lint  ## lint, all tests, every chapter at smoke scale, a scan of the page
 
 chapter: $(READY)  ## run one: make chapter NAME=08_icl_and_finetuning P="task=mr seed=7"
 	@$(BIN)/python -m icl_book chapter "$$NAME" "$$P"
+
+report: $(READY)  ## is reading gradient descent in a model? make report MODEL=FOLDER TASK=my.jsonl TEMPLATE="Review: {text} Mood:" LABELS="bad, good"
+	@$(BIN)/python -m icl_book report "$${MODEL:+model=$$MODEL} $${TASK:+task=$$TASK} $${TEMPLATE:+template=$$TEMPLATE} $${LABELS:+labels=$$LABELS} $$P"
 
 lab: $(READY)  ## open the chapters in JupyterLab, on this machine alone: make lab OPTIONS=--no-browser
 	@set -f; $(BIN)/jupyter-lab $$OPTIONS book

@@ -1,4 +1,4 @@
-"""The commands of the book: ``python -m icl_book book``, ``chapter`` and ``sweep``."""
+"""The commands ``python -m icl_book book``, ``chapter``, ``report`` and ``sweep``."""
 
 import argparse
 import logging
@@ -8,7 +8,14 @@ import time
 from pathlib import Path
 
 from icl.assets import AssetError
-from icl_book.build import build_book, chapter_path, chapters, costs, run_page
+from icl_book.build import (
+    build_book,
+    chapter_path,
+    chapters,
+    costs,
+    run_page,
+    write_report,
+)
 from icl_book.execute import parse_parameters
 from icl_book.store import NOTEBOOK, ROOT, BookError, table_path
 from icl_book.sweep import make_table
@@ -30,6 +37,13 @@ def chapter(name, parameters):
     return True
 
 
+def report(parameters):
+    notebook = ROOT / "experiments" / "report.ipynb"
+    values = parse_parameters(notebook, parameters)
+    print(write_report(values, sys.stderr.isatty()))
+    return True
+
+
 def sweep(grid, to, dry, committed, **options):
     table = table_path(grid.stem) if committed else None
     return make_table(grid, to, table, dry=dry, **options)
@@ -47,6 +61,9 @@ def main(arguments=None) -> int:
     own.add_argument("name")
     own.add_argument("parameters", nargs="*", metavar="key=value")
     own.set_defaults(command=chapter)
+    own = commands.add_parser("report", help="one model on one task: a page, a record")
+    own.add_argument("parameters", nargs="*", metavar="key=value")
+    own.set_defaults(command=report)
     own = commands.add_parser("sweep", help="run a grid, and collect its table")
     own.add_argument("grid", type=Path, help="as those in experiments/")
     own.add_argument("--to", type=Path, help="folder; default _build/sweeps/GRID")

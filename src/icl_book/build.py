@@ -1,5 +1,6 @@
 """Build the book from what its chapters gave, each run once."""
 
+import html
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 from filelock import FileLock
+from nbconvert import HTMLExporter
 
 from icl.assets import ASSETS, cache_dir, fetch
 from icl_book import execute
@@ -24,7 +26,14 @@ from icl_book.scoreboard import (
     picture,
     read_claims,
 )
-from icl_book.store import NOTEBOOK, RESULT, ROOT, BookError, read_run
+from icl_book.store import (
+    NOTEBOOK,
+    RESULT,
+    ROOT,
+    BookError,
+    read_run,
+    write_atomically,
+)
 from icl_book.sweep import log
 from icl_book.web import lighten
 
@@ -40,6 +49,13 @@ MATHJAX_FILES = re.compile(
     r".*/static/mathjax/(output/chtml/fonts/woff-v2/.*\.woff"
     r"|input/tex/extensions/.*\.js)$"
 )
+
+
+#: What nbconvert writes of a picture in SVG.
+NO_ALT = 'alt="No description has been provided for this image"'
+#: Of a report: pictures fit on a phone, lines are no longer than one reads.
+REPORT_STYLE = """body { max-width: 56rem; margin: auto; }
+.jp-OutputArea :is(svg, img) { max-width: 100%; height: auto; }"""
 
 
 def notebooks() -> list[str]:
@@ -76,6 +92,39 @@ def costs(record: dict) -> str:
     return f"{record['seconds']:.0f} s, {record['peak_gb']:.1f} GB{again}"
 
 
+def write_report(values: dict, progress=False) -> Path:
+    """Run ``experiments/report.ipynb`` with these parameters; its page.
+
+    The page, without code and whole in one file, and beside it the run's record lie in
+    ``_build/reports``, named after the model and the task.
+    """
+    run, record = run_page(ROOT / "experiments" / "report.ipynb", values, progress)
+    notebook = nbformat.read(run.folder / NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # what is entered is nothing to read
+            cell.outputs = [o for o in cell.outputs if RESULT not in o.get("data", ())]
+    title, *rest = notebook.cells
+    rest.sort(key=lambda cell: "first" not in cell.metadata.get("tags", ()))
+    notebook.cells = [title, *rest]  # the answer before what it is made of
+    hidden = ("input", "input_prompt", "output_prompt")
+    exporter = HTMLExporter(**{f"exclude_{part}": True for part in hidden})
+    exporter.mathjax_url = exporter.require_js_url = ""
+    page, _ = exporter.from_notebook_node(notebook)
+    for cell in notebook.cells:
+        if text := cell.metadata.get("mystnb", {}).get("image", {}).get("alt"):
+            page = page.replace(NO_ALT, f'alt="{html.escape(text)}"', 1)
+    # for diagrams and formulas, of which there are none: these ask other servers
+    scripts = r'<script (?:type="module"|src="")>.*?</script>'
+    page = re.sub(scripts, "", page, flags=re.S)
+    page = page.replace("</head>", f"<style>{REPORT_STYLE}</style></head>", 1)
+    names = [Path(run.parameters[name]).stem for name in ("model", "task")]
+    path = ROOT / "_build" / "reports" / f"{'-'.join(names)}.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path.with_suffix(".json"), json.dumps(record, indent=1))
+    write_atomically(path, page)
+    return path
+
+
 def build_book(scale: str, folder: Path) -> Path:
     """Run every chapter at ``scale`` and build the HTML, warnings as errors; the folder
     with the pages."""
@@ -108,15 +157,15 @@ def _pages(records, scale, folder):
         problems = [s for s in run.stderr.splitlines() if "WARN" in s or "ERR" in s]
         tail = problems[-30:] or (run.stdout + run.stderr).splitlines()[-30:]
         raise BookError("\n".join(tail) + "\n\nthe pages could not be built")
-    html = folder / "html"
-    shutil.rmtree(html, ignore_errors=True)
-    shutil.move(folder / "_build" / "html", html)
-    lighten(html)
+    pages = folder / "html"
+    shutil.rmtree(pages, ignore_errors=True)
+    shutil.move(folder / "_build" / "html", pages)
+    lighten(pages)
     log(f"{time.perf_counter() - start:.0f} s")
     old, new = (folder / "book" / "verdicts.svg" for folder in (ROOT, source))
     if scale == "laptop" and new.read_bytes() != old.read_bytes():
         log(f"the README's picture has other verdicts: cp {new} book/")
-    return html
+    return pages
 
 
 def download_assets():

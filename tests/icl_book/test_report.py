@@ -1,0 +1,92 @@
+"""One model on one task of the reader's own: a page, a record, refusals."""
+
+import json
+import re
+
+import pytest
+import transformers
+from bs4 import BeautifulSoup
+from conftest import tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from icl_book import build
+from icl_book.build import write_report
+from icl_book.store import ROOT, BookError
+
+pytestmark = pytest.mark.slow
+WORDS = [f"w{n}" for n in range(20)]
+
+
+def byte_tokenizer():
+    """Every byte is a token."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: n for n, letter in enumerate([*letters, "<s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>"
+    )
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Where reports go; beside it the notebook and a random model."""
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    tiny_model("llama", vocab_size=257).save_pretrained(tmp_path / "tiny")
+    byte_tokenizer().save_pretrained(tmp_path / "tiny")
+    return tmp_path
+
+
+def report(root, rows, template="Text: {text} Kind:", labels="no, yes", **options):
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (root / "mine.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    given = dict(model=str(root / "tiny"), task=str(root / "mine.jsonl"), draws=2)
+    return write_report(given | dict(template=template, labels=labels) | options)
+
+
+def test_a_random_model_on_a_task_of_twenty_classes(root):
+    rows = [{"text": f"t{n} x", "label": WORDS[n % 20]} for n in range(60)]
+    path = report(root, rows, labels=", ".join(WORDS), queries=6)
+    assert path == root / "_build" / "reports" / "tiny-mine.html"
+    page = BeautifulSoup(path.read_text("utf-8"), "html.parser")
+    assert [h.get_text()[:8] for h in page.find_all("h2")][:2] == [
+        "Verdicts",
+        "What was",
+    ]
+    assert all(tag["src"].startswith("data:") for tag in page.find_all(src=True))
+    assert not page.find_all("link", href=True)
+    assert not re.search(r"import\(|fetch\(", page.get_text())
+    pictures = page.find_all("img")
+    assert len(pictures) == 3
+    assert all(len(picture["alt"]) > 60 for picture in pictures)
+    record = json.loads(path.with_suffix(".json").read_text())
+    facts = record["facts"]
+    assert facts["demonstrations"] < 32  # no more fit
+    assert "supported" not in json.loads(facts["verdicts"]).values()  # learned nothing
+    measures = {(row["measure"], row["control"]) for row in record["rows"]}
+    assert {
+        ("accuracy, plain", "ICL"),
+        ("SimAOU", "itself"),
+        ("SimAOU, not normalised", "minus: untrained model"),
+        ("Kendall", "minus: ascent"),
+        ("update, centred", ""),
+    } <= measures
+    assert all(r["low"] <= r["mean"] <= r["high"] for r in record["rows"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "named"),
+    [
+        ([("a", 0), ("b", 1)], {}, "one example to evaluate on"),
+        ([("a", 0)] * 8, {}, "all of one class"),
+        ([("a", 0), ("b", 1)] * 4, {"labels": "yes, yes"}, "different label words"),
+        ([("a" * 300, 0), ("b", 1)] * 4, {}, "do not fit into the model's 256 tokens"),
+        ([("a", 0), ("b", 2)] * 4, {}, "line 2: label 2 is not"),
+    ],
+)
+def test_what_makes_no_report_is_said(rows, options, named, root):
+    rows = [{"text": text, "label": label} for text, label in rows]
+    with pytest.raises(BookError, match=named):
+        report(root, rows, **options)
