@@ -7,7 +7,7 @@ import pytest
 
 from icl import tasks
 from icl_book.build import chapter_path, chapters, notebooks
-from icl_book.execute import read_parameters
+from icl_book.execute import parameters_in, read_parameters
 from icl_book.page import SCALES
 from icl_book.store import ROOT
 
@@ -69,6 +69,15 @@ def test_parameters(name):
     if "task" in parameters:  # a chapter of synthetic data has none
         named = {*tasks.PAPER_TASKS, *tasks.KIN, "*.jsonl"}
         assert set(parameters["task"].allowed) <= named
+
+
+def test_a_chapter_enters_the_numbers_of_its_own_run(book):
+    """So that a sweep over its parameters has them in its table."""
+    (parameters,) = (
+        c for c in code(book) if "parameters" in c.metadata.get("tags", ())
+    )
+    if set(parameters_in(parameters, "")) - {"scale", "seed"}:
+        assert any("page.result(" in cell.source for cell in code(book))
 
 
 def test_tables_are_read_of_the_model_that_is_asked_for(book):
