@@ -14,8 +14,10 @@ from icl_book.store import NOTEBOOK, ROOT, key_of, read_table
 from icl_book.sweep import read_grid
 
 GRIDS = sorted((ROOT / "experiments").glob("*.yaml"))
-#: The encoder's is not made yet.
-TABLES = [p for p in GRIDS if p.stem not in ("paper_scale", "encoder")]
+#: Two are not made yet.
+TABLES = [
+    p for p in GRIDS if p.stem not in ("paper_scale", "encoder", "demonstrations")
+]
 
 
 def definitions(name, **parameters):
