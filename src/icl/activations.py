@@ -28,7 +28,7 @@ from icl.scoring import TRUNK, Packing, agree, check_eval, context_length, facts
 #: The families whose attention can be reached.
 FAMILIES = "gpt2, opt, xglm, gpt_neox, llama and qwen"
 
-#: Tokens that can be recorded: the last of the prompt, which predicts the label, or the
+#: A recording is of the last token of the prompt, which predicts the label, or of the
 #: last of the first label word after it, as in the code of Dai et al.
 POSITIONS = ("prompt", "label")
 
