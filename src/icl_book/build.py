@@ -117,7 +117,8 @@ def write_report(values: dict, progress=False) -> Path:
     scripts = r'<script (?:type="module"|src="")>.*?</script>'
     page = re.sub(scripts, "", page, flags=re.S)
     page = page.replace("</head>", f"<style>{REPORT_STYLE}</style></head>", 1)
-    names = [Path(run.parameters[name]).stem for name in ("model", "task")]
+    names = [Path(run.parameters[name]).name for name in ("model", "task")]
+    names = [re.sub(r"\.(gguf|jsonl)$", "", name) for name in names]
     path = ROOT / "_build" / "reports" / f"{'-'.join(names)}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path.with_suffix(".json"), json.dumps(record, indent=1))

@@ -138,7 +138,8 @@ def check_values(known: dict[str, Parameter], given: dict, where, base=None) -> 
         raise BookError(f"{where}: {error}") from None
     for name in FILES & values.keys() if base is not None else ():
         path = Path(os.path.abspath(base / Path(values[name]).expanduser()))
-        if values[name] and path.exists():
+        there = path.is_file() if name == "task" else path.exists()
+        if values[name] and there:
             values[name] = str(path).removeprefix(f"{ROOT}/")
     return values
 

@@ -17,7 +17,7 @@ from scipy.stats import chisquare, pearsonr, rankdata, spearmanr
 
 from icl.attention import replace_attention
 from icl.corpora import as_bytes
-from icl.metrics import calibrated
+from icl.metrics import Interval, calibrated
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
@@ -241,3 +241,23 @@ def test_a_shift_of_labels_explains_nothing():
     assert explained(icl + shift, zsl, icl, shared=True) < 1
     half = zsl + (icl - zsl) / 2
     assert explained(half, zsl, icl) == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize(
+    ("ends", "rule", "expected"),
+    [
+        ((0.1, 0.3), {"above": 0}, "supported"),
+        ((-0.3, -0.1), {"above": 0}, "contradicted"),
+        ((-0.1, 0.1), {"above": 0}, "not shown"),
+        ((-0.02, 0.03), {"within": 0.05}, "supported"),
+        ((-0.02, 0.07), {"within": 0.05}, "not shown"),
+        ((0.06, 0.3), {"within": 0.05}, "contradicted"),
+        ((-0.3, -0.06), {"within": 0.05}, "contradicted"),
+    ],
+)
+def test_verdict_of_an_interval(ends, rule, expected):
+    scope = {}
+    cells = nbformat.read(EXPERIMENTS / "report.ipynb", as_version=4).cells
+    (source,) = (cell.source for cell in cells if "def verdict(" in cell.source)
+    exec(source.partition("minus = ")[0], scope)
+    assert scope["verdict"](Interval(sum(ends) / 2, *ends), **rule) == expected
