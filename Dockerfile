@@ -9,11 +9,11 @@ USER reader
 WORKDIR /book
 # an index with CPU builds of PyTorch, which are smaller: --build-arg
 ARG PIP_EXTRA_INDEX_URL
-COPY --chown=reader Makefile requirements.txt requirements.lock pyproject.toml README.md LICENSE ./
+COPY --chown=reader Makefile requirements*.txt requirements*.lock pyproject.toml README.md LICENSE ./
 COPY --chown=reader src src
-RUN make setup
+RUN make setup .venv/lab/.ready
 COPY --chown=reader . .
-RUN touch .venv/.ready
+RUN touch .venv/.ready .venv/lab/.ready
 EXPOSE 8888
 # reached from outside of the container by the port that was published for it alone
 CMD ["make", "lab", "OPTIONS=--no-browser --ServerApp.ip=0.0.0.0"]

@@ -48,7 +48,8 @@ setup: $(READY)  ## make the environment in .venv
 
 lock: _build/uv/bin/uv  ## pin what requirements.txt needs, with hashes: make lock OPTIONS=--upgrade
 	@$< pip compile --quiet $$OPTIONS requirements.txt --output-file requirements.lock
-	@echo "requirements.lock: $$(grep -c '^[a-z]' requirements.lock) packages"
+	@$< pip compile --quiet $$OPTIONS requirements-lab.txt --constraint requirements.lock --output-file requirements-lab.lock
+	@grep -c '^[a-z]' requirements.lock requirements-lab.lock
 
 _build/uv/bin/uv:
 	@$(PYTHON) -m venv _build/uv && _build/uv/bin/pip install -qq --disable-pip-version-check uv==0.13.9
@@ -73,8 +74,12 @@ chapter: $(READY)  ## run one: make chapter NAME=08_icl_and_finetuning P="task=m
 report: $(READY)  ## is reading gradient descent in a model? make report MODEL=FOLDER TASK=my.jsonl TEMPLATE="Review: {text} Mood:" LABELS="bad, good"
 	@$(BIN)/python -m icl_book report "$${MODEL:+model=$$MODEL} $${TASK:+task=$$TASK} $${TEMPLATE:+template=$$TEMPLATE} $${LABELS:+labels=$$LABELS} $$P"
 
-lab: $(READY)  ## open the chapters in JupyterLab, on this machine alone: make lab OPTIONS=--no-browser
-	@set -f; $(BIN)/jupyter-lab $$OPTIONS book
+lab: .venv/lab/.ready  ## open the chapters in JupyterLab, on this machine alone: make lab OPTIONS=--no-browser
+	@set -f; JUPYTER_PATH=$$PWD/.venv/share/jupyter .venv/lab/bin/jupyter-lab $$OPTIONS book
+
+.venv/lab/.ready: requirements-lab.lock $(READY)
+	@echo "installing JupyterLab ..."
+	@$(BIN)/python -m venv .venv/lab && .venv/lab/bin/pip install -qq --disable-pip-version-check --no-deps --require-hashes --requirement $< && touch $@
 
 sweep: $(READY)  ## run a grid: make sweep GRID=experiments/icl_vs_finetuning.yaml OPTIONS=--dry-run
 	@set -f; $(BIN)/python -m icl_book sweep "$$GRID" $$OPTIONS

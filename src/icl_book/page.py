@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 from IPython import get_ipython
@@ -82,11 +81,13 @@ def _check_parameters():
     shell = get_ipython()
     cells = shell.user_ns.get("In", []) if shell else []
     if len(cells) > 2 and cells[2].startswith("# Parameters\n"):
+        from nbformat.v4 import new_code_cell
+
         from icl_book.execute import check_values, parameters_in
 
         given = {}
         exec(cells[2], {}, given)
-        known = parameters_in(nbformat.v4.new_code_cell(cells[1]), "this notebook")
+        known = parameters_in(new_code_cell(cells[1]), "this notebook")
         check_values(known, given, "this notebook")
 
 
