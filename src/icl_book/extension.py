@@ -1,14 +1,17 @@
 """A Sphinx extension for the book's pages: which chapter uses a function, what a term
-means, what a page is about, and buttons that lead to a public repository."""
+means, what a page is about, its notebook and script, and buttons that lead to a public
+repository."""
 
 import ast
 import html
 import re
 import textwrap
 from functools import lru_cache
+from pathlib import Path
 
 import nbformat
 from docutils import nodes
+from nbconvert import PythonExporter
 from sphinx import addnodes
 
 from icl_book.build import chapter_path, chapters
@@ -92,6 +95,46 @@ def _describe(app, name, template, context, doctree):
         context["metatags"] += f'<meta {key} content="{html.escape(value)}">\n'
 
 
+#: The first cell of a notebook that is downloaded, and what follows if the address of
+#: the public repository is known, and if it is not.
+NEEDS = "# Needs the book's packages and tables: 3 GB of disk, and 4 GB of memory.\n"
+HERE = "# Give it the kernel of `.venv`, which `make setup` makes in the book's folder."
+HOSTED = """# Where they are missing, as in a hosted notebook, they are installed here.
+import importlib.util
+import sys
+
+if not importlib.util.find_spec("icl_book"):
+    !git clone --quiet --depth 1 {url} icl-book
+    %pip install --quiet --editable "icl-book[book]"
+    sys.path.insert(0, "icl-book/src")"""
+
+
+def _downloads(app, name, template, context, doctree):
+    """Offer a chapter as a notebook without outputs, and as a script."""
+    chapter = name.removeprefix("book/")
+    if doctree is None or chapter not in chapters():
+        return
+    to = Path(app.outdir, "notebooks", chapter)
+    to.parent.mkdir(exist_ok=True)
+    notebook = nbformat.read(chapter_path(chapter), as_version=4)
+    script, _ = PythonExporter(exclude_input_prompt=True).from_notebook_node(notebook)
+    to.with_suffix(".py").write_text(script, encoding="utf-8")
+    url = app.config.html_theme_options.get("repository_url")
+    first = NEEDS + (HOSTED.format(url=url) if url else HERE)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(first, id="needs"))
+    nbformat.write(notebook, to.with_suffix(".ipynb"))
+    menus = {button.get("label"): button for button in context["header_buttons"]}
+    for button in menus.get("launch-buttons", {"buttons": ()})["buttons"]:
+        button["tooltip"] += ", at smoke scale: it has 2 GB of memory"
+    menu = menus["download-buttons"]
+    menu["buttons"][0]["text"] = ".ipynb, with outputs"
+    for suffix, kind in {".py": "script", ".ipynb": "notebook"}.items():
+        address = context["pathto"](f"notebooks/{chapter}{suffix}", 1)
+        button = {"type": "link", "url": address, "icon": "fas fa-code", "text": suffix}
+        button |= {"tooltip": f"Download {kind}", "label": f"download-{kind}-button"}
+        menu["buttons"].insert(1, button)
+
+
 def _buttons(app, config):
     options = config.html_theme_options
     there = bool(options.get("repository_url"))
@@ -109,4 +152,5 @@ def setup(app):
     app.connect("autodoc-process-docstring", _say_where)
     app.connect("doctree-resolved", _meanings)
     app.connect("html-page-context", _describe)
+    app.connect("html-page-context", _downloads, priority=900)  # after the theme's
     return {"parallel_read_safe": True, "parallel_write_safe": True}

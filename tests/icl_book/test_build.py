@@ -1,5 +1,6 @@
 """Every chapter at smoke scale, built with warnings as errors, and the pages read."""
 
+import ast
 import hashlib
 import json
 import re
@@ -227,13 +228,18 @@ def test_all_code_is_folded_but_the_argument_and_solutions(html, pages):
         assert said == {"Show code", "Show the table"}, name
 
 
-def test_executed_notebooks_can_be_downloaded(html, pages):
+def test_a_chapter_can_be_downloaded_executed_clean_and_as_a_script(html, pages):
     for name in chapters():
-        (link,) = pages[html / "book" / f"{name}.html"].select(
-            ".btn-download-source-button"
-        )
-        notebook = json.loads((html / "book" / link["href"]).read_text())
-        assert any(cell.get("outputs") for cell in notebook["cells"]), name
+        page, found = pages[html / "book" / f"{name}.html"], {}
+        for kind in ("source", "notebook", "script"):
+            (link,) = page.select(f".btn-download-{kind}-button")
+            found[kind] = (html / "book" / link["href"]).read_text()
+        assert any(c.get("outputs") for c in json.loads(found["source"])["cells"]), name
+        needs, *clean = nbformat.reads(found["notebook"], as_version=4).cells
+        assert needs.source.startswith("# Needs")
+        assert needs.cell_type == "code"
+        assert clean == nbformat.read(chapter_path(name), as_version=4).cells, name
+        ast.parse(found["script"])
 
 
 def test_every_page_says_what_it_is_about(pages, html):
@@ -350,21 +356,26 @@ def test_one_setting_turns_on_the_buttons(address, tmp_path):
     config = (ROOT / "_config.yml").read_text()
     config = config.replace('  url: ""', f'  url: "{address}"')
     (tmp_path / "_config.yml").write_text(config)
-    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: book/page\n")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: book/03_softmax_dual\n")
     notebook = nbformat.v4.new_notebook()
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
     notebook.cells = [nbformat.v4.new_markdown_cell("# A page")]
-    nbformat.write(notebook, tmp_path / "book" / "page.ipynb")
+    nbformat.write(notebook, tmp_path / "book" / "03_softmax_dual.ipynb")
     build = Path(sys.executable).with_name("jupyter-book")
     subprocess.run([build, "build", tmp_path, "-q"], check=True, capture_output=True)
-    text = (tmp_path / "_build/html/book/page.html").read_text()
+    text = (tmp_path / "_build/html/book/03_softmax_dual.html").read_text()
     links = [a["href"] for a in BeautifulSoup(text, "html.parser").select("a[href]")]
     outside = {link for link in links if link.startswith("http")}
+    clean = tmp_path / "_build/html/notebooks/03_softmax_dual.ipynb"
+    (needs, *_) = nbformat.read(clean, as_version=4).cells
+    assert ("git clone" in needs.source) == bool(address)
+    assert address in needs.source
     if not address:
         assert not outside
         return
     assert address in outside
-    assert f"{address}/edit/main/book/page.ipynb" in outside
+    assert f"{address}/edit/main/book/03_softmax_dual.ipynb" in outside
     assert any(link.startswith(f"{address}/issues/new") for link in outside)
     hub = "https://mybinder.org/v2/gh/someone/something/main"
-    assert f"{hub}?urlpath=lab/tree/book/page.ipynb" in outside
+    assert f"{hub}?urlpath=lab/tree/book/03_softmax_dual.ipynb" in outside
+    assert "Launch on Binder, at smoke scale: it has 2 GB of memory" in text
