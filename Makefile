@@ -9,7 +9,7 @@ READY := .venv/.ready
 PIP := $(BIN)/pip install -qq --disable-pip-version-check
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses="$$WORKERS"
-NAME ?= 08_icl_and_finetuning
+NAME ?= 09_icl_and_finetuning
 P ?=
 MODEL ?=
 TASK ?=
@@ -69,7 +69,7 @@ check: lint  ## lint, spelling, unit tests of the science: a minute
 test: lint  ## lint, all tests, every chapter at smoke scale, a scan of the pages: some minutes
 	@start=$$SECONDS; $(PYTEST) && echo "tests after $$((SECONDS - start)) s; smoke-scale pages: _build/smoke/html"
 
-chapter: $(READY)  ## run one: make chapter NAME=08_icl_and_finetuning P="task=mr seed=7"
+chapter: $(READY)  ## run one: make chapter NAME=09_icl_and_finetuning P="task=mr seed=7"
 	@$(BIN)/python -m icl_book chapter "$$NAME" "$$P"
 
 report: $(READY)  ## is reading gradient descent in a model? make report MODEL=FOLDER TASK=my.jsonl TEMPLATE="Review: {text} Mood:" LABELS="bad, good"

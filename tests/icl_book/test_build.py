@@ -331,7 +331,7 @@ def test_paper_scale_runs_the_whole_protocol(tmp_path, monkeypatch):
         (tmp_path / "mr" / f"{split}.jsonl").write_text(lines)
     monkeypatch.setenv("ICL_DATA", str(tmp_path))
     given = {"scale": "paper", "model": str(tmp_path / "tiny"), "k": 8}
-    (run,) = plan(chapter_path("08_icl_and_finetuning"), [given], tmp_path / "runs")
+    (run,) = plan(chapter_path("09_icl_and_finetuning"), [given], tmp_path / "runs")
     run_once(run)
     text = (run.folder / NOTEBOOK).read_text()
     cells = [c for c in json.loads(text)["cells"] if "outputs" in c]
@@ -356,17 +356,17 @@ def test_one_setting_turns_on_the_buttons(address, tmp_path):
     config = (ROOT / "_config.yml").read_text()
     config = config.replace('  url: ""', f'  url: "{address}"')
     (tmp_path / "_config.yml").write_text(config)
-    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: book/03_softmax_dual\n")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: book/04_softmax_dual\n")
     notebook = nbformat.v4.new_notebook()
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
     notebook.cells = [nbformat.v4.new_markdown_cell("# A page")]
-    nbformat.write(notebook, tmp_path / "book" / "03_softmax_dual.ipynb")
+    nbformat.write(notebook, tmp_path / "book" / "04_softmax_dual.ipynb")
     build = Path(sys.executable).with_name("jupyter-book")
     subprocess.run([build, "build", tmp_path, "-q"], check=True, capture_output=True)
-    text = (tmp_path / "_build/html/book/03_softmax_dual.html").read_text()
+    text = (tmp_path / "_build/html/book/04_softmax_dual.html").read_text()
     links = [a["href"] for a in BeautifulSoup(text, "html.parser").select("a[href]")]
     outside = {link for link in links if link.startswith("http")}
-    clean = tmp_path / "_build/html/notebooks/03_softmax_dual.ipynb"
+    clean = tmp_path / "_build/html/notebooks/04_softmax_dual.ipynb"
     (needs, *_) = nbformat.read(clean, as_version=4).cells
     assert ("git clone" in needs.source) == bool(address)
     assert address in needs.source
@@ -374,8 +374,8 @@ def test_one_setting_turns_on_the_buttons(address, tmp_path):
         assert not outside
         return
     assert address in outside
-    assert f"{address}/edit/main/book/03_softmax_dual.ipynb" in outside
+    assert f"{address}/edit/main/book/04_softmax_dual.ipynb" in outside
     assert any(link.startswith(f"{address}/issues/new") for link in outside)
     hub = "https://mybinder.org/v2/gh/someone/something/main"
-    assert f"{hub}?urlpath=lab/tree/book/03_softmax_dual.ipynb" in outside
+    assert f"{hub}?urlpath=lab/tree/book/04_softmax_dual.ipynb" in outside
     assert "Launch on Binder, at smoke scale: it has 2 GB of memory" in text
