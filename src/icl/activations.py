@@ -79,11 +79,10 @@ def capture_qkv(
 
 
 def _read(model, ids, prefix=(), start=None):
-    cache = DynamicCache()
     heads = model.config.num_attention_heads
     group = heads // (getattr(model.config, "num_key_value_heads", None) or heads)
-    for layer, (_, key, value) in enumerate(prefix):
-        cache.update(key[None, ::group], value[None, ::group], layer)
+    shared = [[part[None, ::group] for part in layer[1:]] for layer in prefix]
+    cache = DynamicCache(shared)
     length = cache.get_seq_length()
     start = length if start is None else start
     end, context = max(start, length) + len(ids), context_length(model.config)
@@ -105,14 +104,12 @@ def _read(model, ids, prefix=(), start=None):
 
 def from_cache(queries: list[Float[Tensor, "H T d_h"]], cache) -> list[Heads]:
     """Heads of each layer from :func:`capture_queries` and the pass's cache."""
-
-    def repeated(shared, query):
-        return shared[0].repeat_interleave(len(query) // shared.shape[1], 0)
-
-    return [
-        Heads(query, repeated(layer.keys, query), repeated(layer.values, query))
-        for query, layer in zip(queries, cache.layers, strict=True)
-    ]
+    found = []
+    for query, layer in zip(queries, cache.layers, strict=True):
+        times = len(query) // layer.keys.shape[1]
+        parts = (x[0].repeat_interleave(times, 0) for x in (layer.keys, layer.values))
+        found.append(Heads(query, *parts))
+    return found
 
 
 def capture_queries(model):
@@ -280,9 +277,7 @@ def record(
     """
     folder = Path(folder)
     if isinstance(positions, str) or not positions or {*positions} - {*POSITIONS}:
-        raise ValueError(
-            f"positions must be some of {', '.join(POSITIONS)}, not {positions!r}"
-        )
+        raise ValueError(f"positions are some of {POSITIONS}, not {positions!r}")
     if folder.exists():
         raise ValueError(f"the folder {folder} exists; delete it or name another")
     packing = Packing(model, tokenizer, queries, label_words, demonstrations, blank)

@@ -64,10 +64,7 @@ class AssetError(RuntimeError):
 
 
 def cache_dir() -> Path:
-    """The folder for downloads and converted models.
-
-    ``$ICL_CACHE`` if it is set, else ``icl`` in the user's cache folder.
-    """
+    """Downloads and models: ``$ICL_CACHE``, or ``icl`` in the user's cache folder."""
     if os.environ.get("ICL_CACHE"):
         return Path(os.environ["ICL_CACHE"]).expanduser().resolve()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

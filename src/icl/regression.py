@@ -108,9 +108,7 @@ def function_labels(generator, X: _Inputs, function, noise=0.0) -> _Labels:
     return f + noise * torch.randn(f.shape, generator=generator, dtype=X.dtype)
 
 
-def correlated_keys(
-    generator, batch, pairs, dim, correlation=0.0, common=None
-) -> _Inputs:
+def correlated_keys(generator, batch, pairs, dim, correlation, common=None) -> _Inputs:
     r"""Unit keys of sequences, all correlated with one direction.
 
     Before normalisation they are :math:`\sqrt{\rho}\,c + \sqrt{1-\rho}\,z_i/\sqrt d`

@@ -29,7 +29,6 @@ _ATTENTION = {DynamicLayer, DynamicSlidingWindowLayer}  # layers that obey a mas
 _ENCODED = 256  # prompts at once: all would take gigabytes
 TRUNK = -1  # the branch of a query's own tokens
 
-
 _found = WeakKeyDictionary()  # model → what has been found out about it
 
 
@@ -117,7 +116,10 @@ class Packing:
         check_eval(model)
         prefix, queries, self.labels = _encode(tokenizer, *texts)
         self.shown, self._keys_values = len(prefix), []
-        self._prefix, self._queries = _share(prefix, queries)
+        longest = min(map(len, queries)) - 1  # a query keeps its last token
+        shared = min(longest, *(_common(queries[0], query) for query in queries))
+        self._prefix = prefix + queries[0][:shared]  # what all queries begin with
+        self._queries = [query[shared:] for query in queries]
         self._check_length(max(map(len, self.labels)) - 1)
         self._known = facts(model)
 
@@ -200,10 +202,9 @@ class Packing:
     def _lay_out(self, numbers, whole):
         tokens, stops, slots = [], [], []
         for n in numbers:
-            query = self._queries[n]
-            start = len(self._prefix)
+            query, start = self._queries[n], len(self._prefix)
             end = start + len(query)
-            tokens += [(t, start + s, n, TRUNK) for s, t in enumerate(query)]
+            tokens += [(t, s, n, TRUNK) for s, t in enumerate(query, start)]
             stops.append(len(tokens) - 1)
             last, inner = len(stops) - 1, []
             for branch, label in enumerate(self.labels):
@@ -219,10 +220,8 @@ class Packing:
 
     def run(self, row: Row) -> tuple[Float[Tensor, "S V"], DynamicCache]:
         """One forward pass: log-probabilities at the row's stops, and the cache."""
-        model, cache = self.model, DynamicCache()
+        model, cache = self.model, DynamicCache(self._keys_values)
         with self._refusing():
-            for layer, (keys, values) in enumerate(self._keys_values):
-                cache.update(keys, values, layer)
             mask = _mask(row, cache.get_seq_length(), model.dtype)
             logits = model(
                 row.ids[None].to(model.device),
@@ -374,9 +373,8 @@ def encode(tokenizer, what: str, texts) -> list[list[int]]:
 def _encode(tokenizer, queries, label_words, demonstrations, blank):
     """Token ids of the demonstrations, of each query and of each label.
 
-    A prompt is encoded as one text. The demonstrations' tokens are those with which
-    they alone and every prompt begin; a label's tokens are those after the prompt's, as
-    in the lm-evaluation-harness.
+    The demonstrations' tokens are those with which they alone and every prompt begin; a
+    label's tokens are those after the prompt's, as in the lm-evaluation-harness.
     """
     queries = queries if isinstance(queries, str | None) else [*queries]
     encode(tokenizer, "query", queries)  # neither is empty by itself
@@ -423,15 +421,6 @@ def context_length(config) -> int | None:
     if getattr(config, "use_sliding_window", True):
         windows.append(getattr(config, "sliding_window", None))
     return min((w for w in windows if w and w > 0), default=None)
-
-
-def _share(prefix, queries):
-    """Move the tokens that all queries begin with to the end of the prefix."""
-    first, shared = queries[0], 0
-    longest = min(map(len, queries)) - 1  # a query keeps its last token
-    while shared < longest and len({query[shared] for query in queries}) == 1:
-        shared += 1
-    return prefix + first[:shared], [query[shared:] for query in queries]
 
 
 def _mask(row, prefix_length, dtype):

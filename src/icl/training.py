@@ -10,7 +10,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,12 +19,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Integer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from icl.attention import layerwise_momentum, replace_attention
 from icl.models import use_onednn
@@ -47,8 +41,7 @@ class TrainConfig:
     """Settings of a run of :func:`train`."""
 
     steps: int = 600  #: of the optimizer
-    batch: int = 32  #: sequences per step, over all processes and micro-batches
-    accumulate: int = 1  #: micro-batches per step and process
+    batch: int = 32  #: sequences per step, over all processes
     learning_rate: float = 1e-3  #: peak, after warm-up; then a cosine to a tenth of it
     warm_up: int = 50  #: steps of linear warm-up
     weight_decay: float = 0.1  #: of matrices (AdamW)
@@ -57,8 +50,8 @@ class TrainConfig:
     evaluate_every: int = 100  #: steps from evaluation to evaluation
 
     def __post_init__(self):
-        counts = self.steps, self.batch, self.accumulate, self.save_every
-        counts = *counts, self.evaluate_every, self.warm_up + 1
+        counts = self.steps, self.batch, self.save_every, self.evaluate_every
+        counts = *counts, self.warm_up + 1
         if any(type(n) is not int or n < 1 for n in counts):
             raise ValueError(f"{self}: counts are ints from 1, warm_up from 0")
         if not (0 < self.learning_rate < math.inf and self.clip > 0):
@@ -190,18 +183,14 @@ def train(model, batches, folder, config, measure=None, report=print, **data):
     """
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
-    if config.batch % (parts := accelerator.num_processes * config.accumulate):
+    if config.batch % (parts := accelerator.num_processes):
         raise ValueError(f"batch {config.batch} does not divide into {parts} parts")
     checkpoint = Path(folder) / "checkpoint.safetensors"
     model.to(accelerator.device).train()
     optimizer = _optimizer(model, config)
     model_config = model.config.to_diff_dict()
-    for name in (
-        "transformers_version",
-        "dtype",
-        "architectures",
-        "attn_implementation",
-    ):
+    others = "transformers_version", "dtype", "architectures", "attn_implementation"
+    for name in others:
         model_config.pop(name, None)
     identity = {"config": asdict(config), "model": model_config, "data": data}
     identity = json.loads(json.dumps(identity))  # what a checkpoint must agree on
@@ -273,28 +262,21 @@ def _optimizer(model, config):
     for parameter in model.parameters():
         spared = parameter.ndim < 2 or getattr(parameter, "no_weight_decay", False)
         (others if spared else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95))
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    options = {"betas": (0.9, 0.95), "weight_decay": config.weight_decay}
+    return torch.optim.AdamW(groups, config.learning_rate, **options)
 
 
 def _gradients(running, batch, config, accelerator):
     """Backward over this process's share of a batch; the mean loss."""
-    size = config.batch // accelerator.num_processes // config.accumulate
-    first = accelerator.process_index * config.accumulate
-    total = 0.0
-    for n in range(config.accumulate):
-        rows = slice((first + n) * size, (first + n + 1) * size)
-        part = {name: torch.from_numpy(array[rows]) for name, array in batch.items()}
-        part = {name: tensor.to(accelerator.device) for name, tensor in part.items()}
-        last = n == config.accumulate - 1
-        with nullcontext() if last else accelerator.no_sync(running):
-            loss = running(**part).loss / config.accumulate
-            accelerator.backward(loss)
-        total += loss.detach()
-    return total
+    size = config.batch // accelerator.num_processes
+    first = accelerator.process_index * size
+    rows = slice(first, first + size)
+    part = {name: torch.from_numpy(array[rows]) for name, array in batch.items()}
+    part = {name: tensor.to(accelerator.device) for name, tensor in part.items()}
+    loss = running(**part).loss
+    accelerator.backward(loss)
+    return loss.detach()
 
 
 def _diverged(what, step):

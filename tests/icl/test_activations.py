@@ -248,7 +248,7 @@ def test_a_killed_run_leaves_nothing(tokenizer, tmp_path, monkeypatch):
 def test_positions_and_folders_that_are_refused(tokenizer, tmp_path):
     arguments = tiny_model("gpt2"), tokenizer, QUERIES, LABELS, PREFIX
     for wrong in (("last",), "label", ()):
-        with pytest.raises(ValueError, match="prompt, label"):
+        with pytest.raises(ValueError, match="'prompt', 'label'"):
             record(*arguments, folder=tmp_path / "run", positions=wrong)
     with pytest.raises(ValueError, match=tmp_path.name):
         record(*arguments, folder=tmp_path)

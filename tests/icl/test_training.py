@@ -125,15 +125,6 @@ def test_several_numbers_are_measured_by_name(tokens, tmp_path):
     assert found == [(1, -1), (3, -3), (4, -4)]
 
 
-def test_micro_batches_make_the_same_step(tokens, straight, tmp_path):
-    model = small()
-    history = run(model, tokens, tmp_path, changed(CONFIG, accumulate=2))
-    for row, whole in zip(history, straight[1], strict=True):
-        assert row == pytest.approx(whole, rel=1e-5)
-    for ours, theirs in zip(model.parameters(), straight[0].parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("arm", ["learned", "convolution", "delta", "released"])
 def test_learned_rates_are_not_decayed(arm, tokens, tmp_path):
     model = small(ARMS[arm], rotary=False)
@@ -296,11 +287,9 @@ def test_progress_begins_with_the_first_step(tokens, tmp_path):
     assert len(lines) == 4
 
 
-def test_what_does_not_fit_is_refused_at_once(tokens, tmp_path):
+def test_what_does_not_fit_is_refused_at_once(tokens):
     with pytest.raises(ValueError, match="300"):
         text_batches(tokens, 4, 300)
-    with pytest.raises(ValueError, match="4 does not divide into 3"):
-        run(small(), tokens, tmp_path, changed(CONFIG, accumulate=3))
     with pytest.raises(ValueError, match="17"):
         evaluate(small(), tokens, 17)
     with pytest.raises(ValueError, match="16"):
@@ -314,7 +303,6 @@ def test_what_does_not_fit_is_refused_at_once(tokens, tmp_path):
     [
         ("steps", 0),
         ("batch", 0),
-        ("accumulate", 0),
         ("save_every", 0),
         ("evaluate_every", -1),
         ("warm_up", -1),

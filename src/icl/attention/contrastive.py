@@ -11,7 +11,6 @@ from icl.attention.masks import (
     relative_positions,
     repeat_kv,
     to_bool_mask,
-    to_float64,
     upcast,
 )
 from icl.attention.momentum import WithRates
@@ -70,10 +69,9 @@ class _Contrastive(AttentionKind):
         begin = 0
         if mask is not None:  # padding stands before a sequence
             seen = to_bool_mask(mask)[:, 0]
-            asks, seen = seen.any(-1), seen.any(1)
-            begin = seen.int().argmax(-1, keepdim=True)
-            first = to_bool_mask(mask)[:, 0].int().argmax(-1)
-            if (first != begin)[asks].any():
+            begin = seen.any(1).int().argmax(-1, keepdim=True)
+            first = seen.int().argmax(-1)
+            if (first != begin)[seen.any(-1)].any():
                 raise ValueError("demonstrations of several texts, or a window")
         early = place < begin + self.demonstrations
         shown = (early & (place >= begin))[:, None, :, None]
@@ -81,12 +79,9 @@ class _Contrastive(AttentionKind):
 
 
 class _WithStrength(_Contrastive, WithRates):
-    """A kind with a ``strength``, any number, of which heads may learn their own."""
+    """A kind with a strength, any number, of which heads may learn their own."""
 
     part, encode, decode = "strengths", torch.positive, torch.positive
-
-    def initial(self, device):
-        return to_float64(self.strength, device).reshape(-1)
 
     def strength_of(self, module, value):
         return self.rates(value.device, module).to(value.dtype)[:, None, None]
@@ -100,8 +95,8 @@ class RegularisedAttention(_WithStrength, kind="regularised"):
     the whole output by ``1 - α w``, w the query part's attention weight.
     """
 
+    given = "alpha"
     alpha: float | int = option("strength of the decay, finite", math.isfinite)
-    strength = property(lambda self: self.alpha)
 
     def parts(self, query, key, value, shown, mask, module, **options):
         alpha = self.strength_of(module, value)
@@ -155,8 +150,8 @@ class NegativeAttention(_WithStrength, kind="negative"):
     The control scales values by ``1 - β``: nothing is pushed away.
     """
 
+    given = "beta"
     beta: float | int = option("weight of the negatives, finite", math.isfinite)
-    strength = property(lambda self: self.beta)
     k: int = option("negatives of a token, 1 or more", lambda k: k >= 1)
     by: str = option("'keys' or 'scores'", ("keys", "scores").__contains__, "keys")
 

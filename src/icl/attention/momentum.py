@@ -24,7 +24,7 @@ def in_unit_interval(rate):
 
 
 class WithRates(AttentionKind):
-    """A kind with rates that heads may learn, from those of ``initial`` on."""
+    """A kind with rates that heads may learn, from those of the option ``given`` on."""
 
     part, encode, decode = "rate_logits", torch.logit, torch.sigmoid  # what is learned
 
@@ -36,6 +36,9 @@ class WithRates(AttentionKind):
         start = type(self).encode(self.initial(torch.device("cpu")))
         start = start.expand(model.config.num_attention_heads, *start.shape[1:])
         return {self.part: NoDecayParameter(start.float().clone().to(model.device))}
+
+    def initial(self, device):
+        return to_float64(getattr(self, self.given), device).reshape(-1)
 
     def rates(self, device, module=None):
         """The rates in float64, ``(1,)`` or ``(H,)``; of a convolution ``(..., J)``."""
@@ -67,12 +70,10 @@ class MomentumAttention(_WithPast, kind="momentum"):
     is not normalised. Without a mask its cost is linear in the number of tokens.
     """
 
+    given = "eta"
     eta: float | Float[Tensor, "*H"] = option("decay, in (0, 1)", in_unit_interval)
     normalise: bool = option("multiply the sum by 1 - eta", default=False)
     softmax: bool = option("False: the sum without softmax attention", default=True)
-
-    def initial(self, device):
-        return to_float64(self.eta, device).reshape(-1)
 
     def past(self, query, value, mask, eta):
         (heads, tokens), length = query.shape[1:3], value.shape[2]
@@ -94,10 +95,8 @@ class HeavyBallAttention(_WithPast, kind="heavy_ball"):
     times smaller: at distance s it has counted ``(1 - μ^(s+1))/(1 - μ)`` times.
     """
 
+    given = "mu"
     mu: float | Float[Tensor, "*H"] = option("momentum, in (0, 1)", in_unit_interval)
-
-    def initial(self, device):
-        return to_float64(self.mu, device).reshape(-1)
 
     def forward(self, query, key, value, mask, scaling=None, module=None, **options):
         mu, length = self.rates(key.device, module), key.shape[2]

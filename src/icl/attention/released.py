@@ -180,11 +180,8 @@ def _convolve_masked(x, kernel, distance):
     unseen = (distance < 0).all(1)[:, None]  # padding may hold anything
     x = x.masked_fill(unseen, 0)
     for own, part in zip(kernel.split(size), x.split(size, 1), strict=True):
-        out.append(
-            torch.einsum(
-                "cbts,bcs->bct", own[:, index].expand(-1, len(x), -1, -1), part
-            )
-        )
+        weights = own[:, index].expand(-1, len(x), -1, -1)
+        out.append(torch.einsum("cbts,bcs->bct", weights, part))
     return torch.cat(out, 1)
 
 

@@ -255,15 +255,12 @@ def rates(model: PreTrainedModel) -> Float[Tensor, "L H"] | Float[Tensor, "L H J
     return torch.stack([rate.expand(heads, *rate.shape[1:]) for rate in found])
 
 
-def layerwise_momentum(model: PreTrainedModel, mu: float) -> list:
+def layerwise_momentum(model: PreTrainedModel, mu: float) -> None:
     """Nesterov's momentum from block to block, across layers and not tokens.
 
     A residual network moves its hidden state ``x_l`` by one step per block. Here block
     l starts from ``x_l + μ (x_l - x_{l-1})``, μ in (0, 1). The configuration keeps μ;
-    a second call replaces the first.
-
-    Returns:
-        hooks on the blocks. ``replace_attention(model, "softmax")`` takes them away.
+    a second call replaces the first, ``replace_attention(model, "softmax")`` ends it.
     """
     if not 0 < mu < 1:
         raise ValueError(f"mu must lie in (0, 1), not {mu}")
@@ -273,28 +270,19 @@ def layerwise_momentum(model: PreTrainedModel, mu: float) -> list:
         hook.remove()
     model.config.icl_layerwise, last = mu, {}
     model.icl_layerwise = [
-        block.register_forward_pre_hook(_Ahead(mu, n, len(blocks) - 1, last))
+        block.register_forward_pre_hook(partial(_ahead, mu, n, len(blocks) - 1, last))
         for n, block in enumerate(blocks)
     ]
-    return model.icl_layerwise
 
 
-@dataclass
-class _Ahead:
+def _ahead(mu, n, final, last, block, inputs):
     """The hook of block ``n``; all blocks share ``last``, the state before."""
-
-    mu: float
-    n: int
-    final: int
-    last: dict
-
-    def __call__(self, block, inputs):
-        if block.training and getattr(block, "gradient_checkpointing", False):
-            raise ValueError("momentum from block to block bars gradient checkpointing")
-        x, *rest = inputs
-        start = x if self.n == 0 else x + self.mu * (x - self.last["x"])
-        self.last["x"] = x if self.n < self.final else None
-        return start, *rest
+    if block.training and getattr(block, "gradient_checkpointing", False):
+        raise ValueError("momentum from block to block bars gradient checkpointing")
+    x, *rest = inputs
+    start = x if n == 0 else x + mu * (x - last["x"])
+    last["x"] = x if n < final else None
+    return start, *rest
 
 
 def softmax_attention(query, key, value, mask, scaling, module=None, **options):
@@ -323,9 +311,7 @@ def _attend(cls, module, query, key, value, attention_mask, **options):
         return sdpa_attention_forward(module, *inputs, **options)
     window = getattr(module, "sliding_window", None) or options.get("sliding_window")
     if kind.needs_all_keys and window and end >= window:
-        raise ValueError(
-            f"{cls.kind} attention needs all keys, not a window of {window}"
-        )
+        raise ValueError(f"{cls.kind} attention needs all keys, no window of {window}")
     if options.get("dropout") and not cls.applies_dropout:
         raise ValueError(f"{cls.kind} attention has no dropout: set attention's to 0")
     return kind.forward(*inputs, module=module, **options).transpose(1, 2), None
