@@ -8,40 +8,30 @@ import time
 from pathlib import Path
 
 from icl.assets import AssetError
-from icl_book.build import (
-    build_book,
-    chapter_path,
-    chapters,
-    costs,
-    run_page,
-    write_report,
-)
+from icl_book import build
 from icl_book.execute import parse_parameters
 from icl_book.store import NOTEBOOK, ROOT, BookError, table_path
 from icl_book.sweep import make_table
 
 
 def book(scale, to):
-    page = build_book(scale, to.resolve()) / "index.html"
-    print(page)
-    return True
+    print(build.build_book(scale, to.resolve()) / "index.html")
 
 
 def chapter(name, parameters):
-    if name not in chapters():
-        there = ", ".join(chapters())
+    if name not in build.chapters():
+        there = ", ".join(build.chapters())
         raise BookError(f"there is no chapter {name!r}; there are {there}")
-    values = parse_parameters(chapter_path(name), parameters)
-    run, record = run_page(chapter_path(name), values, sys.stderr.isatty())
-    print(f"{run.folder / NOTEBOOK}: {costs(record)}")
-    return True
+    path = build.chapter_path(name)
+    values = parse_parameters(path, parameters)
+    run, record = build.run_page(path, values, sys.stderr.isatty())
+    print(f"{run.folder / NOTEBOOK}: {build.costs(record)}")
 
 
 def report(parameters):
     notebook = ROOT / "experiments" / "report.ipynb"
     values = parse_parameters(notebook, parameters)
-    print(write_report(values, sys.stderr.isatty()))
-    return True
+    print(build.write_report(values, sys.stderr.isatty()))
 
 
 def sweep(grid, to, dry, committed, **options):
@@ -54,7 +44,7 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m icl_book", description=__doc__)
     commands = parser.add_subparsers(required=True)
     own = commands.add_parser("book", help="run every chapter, build the pages")
-    own.add_argument("--scale", default="laptop")
+    own.add_argument("--scale", default="laptop", choices=("smoke", "laptop", "paper"))
     own.add_argument("--to", type=Path, default=ROOT / "_build" / "book")
     own.set_defaults(command=book)
     own = commands.add_parser("chapter", help="run one chapter")
@@ -91,7 +81,7 @@ def main(arguments=None) -> int:
         print("stopped; the same command resumes", file=sys.stderr)
         return 130
     print(f"after {time.perf_counter() - start:.0f} s")
-    return 0 if done else 1
+    return int(done is False)  # a sweep some of whose runs have failed
 
 
 if __name__ == "__main__":

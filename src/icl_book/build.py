@@ -17,23 +17,9 @@ from filelock import FileLock
 from nbconvert import HTMLExporter
 
 from icl.assets import ASSETS, cache_dir, fetch
-from icl_book import execute
-from icl_book.execute import SOURCE_DATE_EPOCH, entered, read_parameters
-from icl_book.scoreboard import (
-    check_numbers,
-    judge,
-    markdown,
-    picture,
-    read_claims,
-)
-from icl_book.store import (
-    NOTEBOOK,
-    RESULT,
-    ROOT,
-    BookError,
-    read_run,
-    write_atomically,
-)
+from icl_book import execute, scoreboard
+from icl_book.execute import entered, read_parameters
+from icl_book.store import NOTEBOOK, RESULT, ROOT, BookError, read_run, write_atomically
 from icl_book.sweep import log
 from icl_book.web import lighten
 
@@ -49,7 +35,6 @@ MATHJAX_FILES = re.compile(
     r".*/static/mathjax/(output/chtml/fonts/woff-v2/.*\.woff"
     r"|input/tex/extensions/.*\.js)$"
 )
-
 
 #: What nbconvert writes of a picture in SVG.
 NO_ALT = 'alt="No description has been provided for this image"'
@@ -98,24 +83,20 @@ def write_report(values: dict, progress=False) -> Path:
     The page, without code and whole in one file, and beside it the run's record lie in
     ``_build/reports``, named after the model and the task.
     """
-    run, record = run_page(ROOT / "experiments" / "report.ipynb", values, progress)
-    notebook = nbformat.read(run.folder / NOTEBOOK, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":  # what is entered is nothing to read
-            cell.outputs = [o for o in cell.outputs if RESULT not in o.get("data", ())]
+    source = ROOT / "experiments" / "report.ipynb"
+    run, record = run_page(source, values, progress)
+    notebook = executed_page(source, run.folder / NOTEBOOK)
     title, *rest = notebook.cells
     rest.sort(key=lambda cell: "first" not in cell.metadata.get("tags", ()))
     notebook.cells = [title, *rest]  # the answer before what it is made of
     hidden = ("input", "input_prompt", "output_prompt")
     exporter = HTMLExporter(**{f"exclude_{part}": True for part in hidden})
-    exporter.mathjax_url = exporter.require_js_url = ""
     page, _ = exporter.from_notebook_node(notebook)
     for cell in notebook.cells:
         if text := cell.metadata.get("mystnb", {}).get("image", {}).get("alt"):
             page = page.replace(NO_ALT, f'alt="{html.escape(text)}"', 1)
     # for diagrams and formulas, of which there are none: these ask other servers
-    scripts = r'<script (?:type="module"|src="")>.*?</script>'
-    page = re.sub(scripts, "", page, flags=re.S)
+    page = re.sub("<script.*?</script>", "", page, flags=re.S)
     page = page.replace("</head>", f"<style>{REPORT_STYLE}</style></head>", 1)
     names = [Path(run.parameters[name]).name for name in ("model", "task")]
     names = [re.sub(r"\.(gguf|jsonl)$", "", name) for name in names]
@@ -129,8 +110,6 @@ def write_report(values: dict, progress=False) -> Path:
 def build_book(scale: str, folder: Path) -> Path:
     """Run every chapter at ``scale`` and build the HTML, warnings as errors; the folder
     with the pages."""
-    for name in chapters():  # before the first kernel starts
-        execute.parse_parameters(chapter_path(name), [f"scale={scale}"])
     download_assets()
     records = {}
     for name in notebooks():
@@ -151,9 +130,8 @@ def _pages(records, scale, folder):
     start = time.perf_counter()
     command = [Path(sys.executable).with_name("jupyter-book"), "build", source]
     command += ["--path-output", folder, "-W", "-n", "--keep-going", "-q"]
-    dates = {"SOURCE_DATE_EPOCH": SOURCE_DATE_EPOCH, "JUPYTER_PLATFORM_DIRS": "1"}
-    environment = os.environ | dates
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    own = execute.kernel_env()
+    run = subprocess.run(command, capture_output=True, text=True, env=own)
     if run.returncode:
         problems = [s for s in run.stderr.splitlines() if "WARN" in s or "ERR" in s]
         tail = problems[-30:] or (run.stdout + run.stderr).splitlines()[-30:]
@@ -186,32 +164,32 @@ def _assemble(records, scale, folder):
     source = folder / "source"
     shutil.rmtree(source, ignore_errors=True)
     shutil.rmtree(folder / "_build", ignore_errors=True)
-    shutil.copytree(ROOT / "book", source / "book", ignore=_not_pages)
+    left_out = shutil.ignore_patterns("*.ipynb", "*.toml", ".*")
+    shutil.copytree(ROOT / "book", source / "book", ignore=left_out)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, source / name)
     executions, found, texts = [], {}, {}
     for name, record in records.items():
         page = executed_page(chapter_path(name), record["folder"] / NOTEBOOK)
-        if name not in chapters():
+        if name in chapters():
+            seconds, memory = f"{record['seconds']:.0f}", f"{record['peak_gb']:.1f}"
+            executions.append([f"{{doc}}`{name}`", scale, seconds, memory])
+            found[name] = record["findings"]
+            facts = [f"{seconds} s", f"{memory} GB", f"{os.cpu_count()} cores"]
+            badges = " ".join(f"{{bdg-primary-line}}`{fact}`" for fact in facts)
+            title, *rest = page.cells[0].source.split("\n", 1)
+            page.cells[0].source = "\n\n".join([title, badges, *rest])
+        else:
             told = [c.source for c in page.cells if c.cell_type == "markdown"]
             texts[name] = "\n".join(told)
-            nbformat.write(page, source / "book" / f"{name}.ipynb")
-            continue
-        seconds, memory = f"{record['seconds']:.0f}", f"{record['peak_gb']:.1f}"
-        executions.append([f"{{doc}}`{name}`", scale, seconds, memory])
-        found[name] = record["findings"]
-        facts = [f"{seconds} s", f"{memory} GB", f"{os.cpu_count()} cores"]
-        badges = " ".join(f"{{bdg-primary-line}}`{fact}`" for fact in facts)
-        title, *rest = page.cells[0].source.split("\n", 1)
-        page.cells[0].source = "\n\n".join([title, badges, *rest])
         nbformat.write(page, source / "book" / f"{name}.ipynb")
-    cards = judge(read_claims(ROOT / "book" / "claims.toml"), found)
-    pages = [ROOT / "README.md", *(ROOT / "book").glob("*.md")]
-    pages = [path for path in pages if path.is_file()]
+    claims = scoreboard.read_claims(ROOT / "book" / "claims.toml")
+    cards = scoreboard.judge(claims, found)
+    pages = [*ROOT.glob("README.md"), *(ROOT / "book").glob("*.md")]
     texts |= {path.name: path.read_text("utf-8") for path in pages}
-    check_numbers(cards, texts)
-    (source / "book" / "claims.md").write_text(markdown(cards), encoding="utf-8")
-    picture(cards, source / "book" / "verdicts.svg")
+    scoreboard.check_numbers(cards, texts)
+    (source / "book" / "claims.md").write_text(scoreboard.markdown(cards), "utf-8")
+    scoreboard.picture(cards, source / "book" / "verdicts.svg")
     rows = pd.DataFrame(row for card in cards for row in card["found"])
     rows = rows.drop(columns="published", errors="ignore").round(6)
     rows.to_csv(source / "book" / "findings.csv", index=False)
@@ -289,7 +267,3 @@ def _fold(cells):
         elif "argument" not in tags and not solution:
             tags.append("hide-input")
         cell.metadata["tags"] = tags
-
-
-def _not_pages(_, names):
-    return [n for n in names if n.endswith((".ipynb", ".toml")) or n.startswith(".")]

@@ -33,15 +33,13 @@ from papermill.translators import PythonTranslator
 
 from icl.assets import sha256
 from icl_book import store
-from icl_book.store import NOTEBOOK, ROOT, BookError, table_path
+from icl_book.store import NOTEBOOK, RESULT, ROOT, BookError, table_path
 
-LIMIT = 3600  # seconds that a run may take
 #: Parameters that may be paths.
 FILES = {"model", "task"}
-SOURCE_DATE_EPOCH = "1767225600"  # 2026, for all dates that a build would write
-#: Of a kernel, so that a run depends on no setting of its machine.
+#: Of a kernel, and of a build, so that neither depends on a setting of its machine.
 KERNEL_ENV = {
-    "SOURCE_DATE_EPOCH": SOURCE_DATE_EPOCH,
+    "SOURCE_DATE_EPOCH": "1767225600",  # 2026, for all dates that would be written
     "PYTHONHASHSEED": "0",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     "JUPYTER_PLATFORM_DIRS": "1",
@@ -342,7 +340,7 @@ def remove_scratch(run: Run):
         _remove(run)
 
 
-def run_once(run: Run, limit=LIMIT, progress=False) -> dict:
+def run_once(run: Run, limit=3600, progress=False) -> dict:
     """Execute a run within ``limit`` seconds, or return its cached result.
 
     Returns:
@@ -414,9 +412,7 @@ def entered(cells) -> tuple[list[dict], dict, list[dict]]:
     """Rows, facts and findings that executed cells have entered, by
     :func:`icl_book.page.result` and :func:`icl_book.page.finding`."""
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
-    parts = [
-        o["data"][store.RESULT] for o in outputs if store.RESULT in o.get("data", ())
-    ]
+    parts = [o["data"][RESULT] for o in outputs if RESULT in o.get("data", ())]
     rows = [{**row} for part in parts for row in part.get("rows", ())]
     facts = [item for part in parts for item in part.get("facts", {}).items()]
     findings = [{**row} for part in parts for row in part.get("findings", ())]

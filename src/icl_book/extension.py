@@ -141,9 +141,8 @@ def _buttons(app, config):
     for what in ("repository", "issues", "edit_page"):
         options[f"use_{what}_button"] = there
     options["use_fullscreen_button"] = False  # browsers have one
-    interface = {"notebook_interface": "jupyterlab"}
-    hub = {"binderhub_url": "https://mybinder.org"} if there else {}
-    options["launch_buttons"] = interface | hub
+    hub = {"notebook_interface": "jupyterlab", "binderhub_url": "https://mybinder.org"}
+    options["launch_buttons"] = hub if there else {}
 
 
 def setup(app):

@@ -81,13 +81,11 @@ def _check_parameters():
     shell = get_ipython()
     cells = shell.user_ns.get("In", []) if shell else []
     if len(cells) > 2 and cells[2].startswith("# Parameters\n"):
-        from nbformat.v4 import new_code_cell
-
         from icl_book.execute import check_values, parameters_in
 
         given = {}
         exec(cells[2], {}, given)
-        known = parameters_in(new_code_cell(cells[1]), "this notebook")
+        known = parameters_in({"source": cells[1]}, "this notebook")
         check_values(known, given, "this notebook")
 
 
@@ -220,16 +218,13 @@ def result(*rows, facts=None, **columns) -> None:
             ``True``, ``False``, ``None``, or lists of these; one that is not finite
             is entered as missing.
     """
-    found, facts = (
-        [_entries(columns | row) for row in rows or [{}]],
-        _entries(facts or {}),
-    )
+    found = [_entries(columns | row) for row in rows or [{}]]
+    facts = _entries(facts or {})
     if taken := ({*COSTS} & {*()}.union(*found)) | (MADE & facts.keys()):
         raise ValueError(f"{', '.join(sorted(taken))}: the runner enters that; rename")
     shown = "\n".join(f"{name} = {value}" for name, value in found[0].items())
     shown += f"\n... {len(found)} rows" if len(found) > 1 else ""
-    entered = {"rows": found, "facts": facts}
-    display({RESULT: entered, "text/plain": shown}, raw=True)
+    display({RESULT: {"rows": found, "facts": facts}, "text/plain": shown}, raw=True)
 
 
 def _entries(part):

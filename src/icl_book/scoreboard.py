@@ -152,10 +152,8 @@ def judge(claims: list[dict], found: dict[str, list[dict]]) -> list[dict]:
 
 def _card(claim, rows):
     statements, rule = [row["statement"] for row in rows], claim.get("primary")
-    first = next(
-        (r for r in rows if rule and r["statement"] == rule["statement"]), None
-    )
-    wrong = ""
+    primary = [r for r in rows if rule and r["statement"] == rule["statement"]]
+    first, wrong = primary[0] if primary else None, ""
     if twice := {s for s in statements if statements.count(s) > 1}:
         wrong = f"has these twice: {'; '.join(sorted(twice))}"
     elif rule and first is None:
@@ -236,9 +234,8 @@ def _places(row, published=None):
     def at(value):
         return round(6 + 88 * (value - left) / ((right - left) or 1), 1)
 
-    return {k: at(value) for k, value in ends.items()} | {
-        "bars": [(at(bar), f"{bar:.3g}") for bar in sorted(bars)]
-    }
+    marks = [(at(bar), f"{bar:.3g}") for bar in sorted(bars)]
+    return {k: at(value) for k, value in ends.items()} | {"bars": marks}
 
 
 def markdown(cards: list[dict]) -> str:

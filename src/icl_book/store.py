@@ -23,9 +23,8 @@ from icl.assets import sha256
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "datasets", "numpy")
 COSTS = ("seconds", "peak_gb", "fingerprint")  # columns of a sweep's table
-MADE = {"command", "runs", "commit", "python", "machine", "threads"} | {
-    *PACKAGES
-}  # facts of every table's record
+#: Facts of every table's record.
+MADE = {"command", "runs", "commit", "python", "machine", "threads", *PACKAGES}
 #: The type of a notebook's output that holds rows for a table, or findings.
 RESULT = "application/vnd.icl.result+json"
 NOTEBOOK, RECORD = "run.ipynb", "record.json"
@@ -172,9 +171,7 @@ def collect(runs, key: list[str], path: Path, command: str, costs=False):
     with FileLock(path.with_name(f".{path.stem}.lock")):
         added = pd.DataFrame(rows)
         words = [c for c in added if added[c].map(type).isin([str]).all()]
-        table, origin = pd.DataFrame(), {}
-        if path.is_file():
-            table, origin = read_table(path, words)
+        table, origin = read_table(path, words) if path.is_file() else (added[:0], {})
         for column in added:  # a CSV file has no lists but as JSON
             if added[column].map(type).isin([list, dict]).any():
                 added[column] = added[column].map(json.dumps)
@@ -188,8 +185,7 @@ def collect(runs, key: list[str], path: Path, command: str, costs=False):
             known = origin.get(part, {}).get("runs", [])
             origin[part] = about | {"runs": sorted({*known, *keys})}
         write_atomically(path, table.to_csv(index=False))
-        origin = json.dumps(origin, indent=2) + "\n"
-        write_atomically(path.with_suffix(".json"), origin)
+        write_atomically(path.with_suffix(".json"), json.dumps(origin, indent=2) + "\n")
     return table.reset_index(drop=True)
 
 

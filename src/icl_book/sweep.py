@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import distributed
@@ -26,19 +27,12 @@ from dask.system import CPU_COUNT
 from distributed.comm import CommClosedError
 
 from icl_book import execute, store
-from icl_book.execute import (
-    Parameter,
-    Run,
-    check_values,
-    inputs,
-    named_files,
-    plan,
-    read_parameters,
-)
+from icl_book.execute import Parameter, Run, check_values, inputs, named_files, plan
 from icl_book.store import ROOT, BookError, read_run
 
 RETRIES = 2  # by Dask, of a run that raised, as when its kernel did not start
 REFUSED = "icl-refused"  # Dask's topic of workers that differ
+log = partial(print, flush=True)  # progress, seen at once
 #: What a grid says of its runs, beside lists of parameters.
 OPTIONS = {
     "notebook": Parameter("notebook", "", (), "a path beside the grid"),
@@ -68,11 +62,9 @@ def read_grid(path: Path) -> dict:
     options = {p.name: p.default for p in OPTIONS.values()}
     options |= check_values(OPTIONS, given, path)
     notebook = path.parent / options["notebook"]
-    if not notebook.is_file():
-        raise BookError(f"{path}: there is no notebook {notebook}")
-    known, runs = read_parameters(notebook), {}
-    excluded = [_lists(known, rule, path) for rule in _blocks(grid.get("exclude", []))]
-    for block in _blocks(grid.get("vary", {})):
+    known, runs = execute.read_parameters(notebook), {}
+    excluded = [_lists(known, rule, path) for rule in _listed(grid.get("exclude", []))]
+    for block in _listed(grid.get("vary", {})):
         lists = _lists(known, grid.get("fixed", {}), path)
         lists |= _lists(known, block, path)
         for values in itertools.product(*lists.values()):
@@ -90,7 +82,7 @@ def read_grid(path: Path) -> dict:
     return options | found | {"varied": varied or list(known)}
 
 
-def _blocks(part):
+def _listed(part):
     return part if isinstance(part, list) else [part]
 
 
@@ -101,10 +93,7 @@ def _lists(known, part, path):
     lists = {}
     for name, values in part.items():
         whole = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", str(values))
-        if whole:
-            values = range(int(whole[1]), int(whole[2]) + 1)
-        elif not isinstance(values, list):
-            values = [values]
+        values = range(int(whole[1]), int(whole[2]) + 1) if whole else _listed(values)
         found = [check_values(known, {name: v}, path, path.parent) for v in values]
         lists[name] = [given[name] for given in found]
     return lists
@@ -241,11 +230,8 @@ def sweep(grid, folder: Path, retry_failed=False, skip=(), timeout=30, **options
     """
     runs = expand(grid, folder)
     source = folder / f"{grid['notebook'].stem}.{runs[0].fingerprint}.ipynb"
-    try:
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-        store.write_atomically(source, grid["notebook"].read_bytes())
-    except OSError as error:
-        raise BookError(f"{folder} cannot be written to: {error}") from None
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    store.write_atomically(source, grid["notebook"].read_bytes())
     runs = [replace(run, notebook=source) for run in runs]
     runs = _wanted(runs, grid, skip)
     found = [(run, read_run(run.folder)[0]) for run in runs]
@@ -309,18 +295,13 @@ def _carry_out(client, todo, options):
         line = f"{_count(count.elements())}; {left / 60:.0f} min left"
         if terminal or not waiting or now - told > 60:
             end = "" if terminal and waiting else "\n"
-            log(f"\r{line}  " if terminal else line, end)
+            log(f"\r{line}  " if terminal else line, end=end)
             told = now
     return lost
 
 
 def _count(states):
     return ", ".join(f"{n} {name}" for name, n in Counter(states).items()) or "none"
-
-
-def log(text, end="\n"):
-    """Print a line of progress at once."""
-    print(text, end=end, flush=True)
 
 
 def make_table(

@@ -99,13 +99,12 @@ def _with_icons(style, sheets):
     codes |= {ord(letter) for letter in re.findall("[\ue000-\uf8ff]", style)}
     (theme,) = [p for p in sheets if p.name == "pydata-sphinx-theme.css"]
     whole = theme.parent.parent / "vendor/fontawesome/webfonts/fa-solid-900.ttf"
-    options, file = subset.Options(), io.BytesIO()
+    options, file = subset.Options(flavor="woff"), io.BytesIO()
     some = subset.Subsetter(options)
     some.populate(unicodes=codes)
     with subset.load_font(str(whole), options) as font:
         some.subset(font)
-        font.flavor = "woff"
-        font.save(file)
+        subset.save_font(font, file, options)
     data = base64.b64encode(file.getvalue()).decode()
     source = f'src:url(data:font/woff;base64,{data}) format("woff")'
     return re.sub(r"src:url\([^;}]*fa-solid-900[^;}]*", source, style)
@@ -138,9 +137,8 @@ def _excerpts(html, pages):
     texts = {}
     for path, text in pages.items():
         if article := re.search(r"<article.*?</article>", text, re.S):
-            text = re.sub(
-                r"</?span[^>]*>|<script.*?</script>|<img[^>]*>", "", article[0]
-            )
+            left_out = r"</?span[^>]*>|<script.*?</script>|<img[^>]*>"
+            text = re.sub(left_out, "", article[0])
             name = path.relative_to(html).as_posix()
             texts[name] = f'<div role="main">{text}</div>'
     script = (

@@ -14,7 +14,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 from icl_book import store
-from icl_book.execute import plan, run_once
+from icl_book.build import run_page
 
 ROOT = store.ROOT
 NOTEBOOK = ROOT / "book" / "benchmarks.ipynb"
@@ -210,9 +210,8 @@ def test_the_committed_table_is_of_the_scripts_there_are():
 
 
 @pytest.mark.slow
-def test_the_page_is_the_same_run_as_the_book_runs_it(page, tmp_path):
-    (run,) = plan(NOTEBOOK, [{}], tmp_path)
-    run_once(run)
+def test_the_page_is_the_same_run_as_the_book_runs_it(page):
+    run, _ = run_page(NOTEBOOK, {})
     done = nbformat.read(run.folder / store.NOTEBOOK, as_version=4)
     outputs = [o for cell in done.cells for o in cell.get("outputs", ())]
     assert {o.output_type for o in outputs} <= {"execute_result", "display_data"}
@@ -278,23 +277,21 @@ def test_the_record_of_a_script_says_what_made_its_figures(measure, monkeypatch)
     assert about["a"]["peers"] == {"numpy": about["a"]["numpy"]}
 
 
-@pytest.mark.parametrize(
-    ("value", "want"),
-    [(1234.5, "1,230"), (0.98765, "0.988"), (12.34, "12.3"), (0, "0"), (2e-7, "2e-07")],
-)
 def test_numbers_have_three_digits_where_measured_and_on_the_page(
-    value, want, page, measure, capsys
+    page, measure, capsys
 ):
     _, _, names = page([row(1.0)])
     capsys.readouterr()
-    assert names["format_value"](value) == want
-    assert names["format_value"](value, "x") == f"{want} x"
-    measure.record("a", value, "x", at=2048, of="tokens", at_least=1.5, at_most=3e4)
-    target = names["format_target"](1.5, 3e4)
-    line = f"a, 2,048 tokens: {want} x (target: {target})\n"
-    assert capsys.readouterr().out == line
-    measure.record("a", value)
-    assert capsys.readouterr().out == f"a: {want}\n"
+    wanted = {1234.5: "1,230", 0.98765: "0.988", 12.34: "12.3", 0: "0", 2e-7: "2e-07"}
+    for value, want in wanted.items():
+        assert names["format_value"](value) == want
+        assert names["format_value"](value, "x") == f"{want} x"
+        measure.record("a", value, "x", at=2048, of="tokens", at_least=1.5, at_most=3e4)
+        target = names["format_target"](1.5, 3e4)
+        line = f"a, 2,048 tokens: {want} x (target: {target})\n"
+        assert capsys.readouterr().out == line
+        measure.record("a", value)
+        assert capsys.readouterr().out == f"a: {want}\n"
 
 
 def test_the_power_of_a_curve(measure, page):

@@ -15,7 +15,7 @@ NAMES = chapters()
 PAGES = sorted((ROOT / "book").glob("*.md")) + [chapter_path(n) for n in notebooks()]
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(scope="module", params=NAMES)
 def book(request):
     return nbformat.read(chapter_path(request.param), as_version=4)
 

@@ -376,9 +376,8 @@ def test_a_temporary_folder_with_a_long_path_and_a_foreign_kernel(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["a b", "Grün", "{braces} {steps}"])
-def test_a_checkout_anywhere(name, root, monkeypatch):
-    checkout = root / name
+def test_a_checkout_anywhere(root, monkeypatch):
+    checkout = root / "Grün {braces} {steps}"
     checkout.mkdir()
     for folder in ("src", "results"):
         (root / folder).rename(checkout / folder)

@@ -85,7 +85,6 @@ def test_papermill_by_hand(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
     nbformat.write(notebook, tmp_path / "one.ipynb")
     paths, quiet = [tmp_path / "one.ipynb", tmp_path / "out.ipynb"], False
-    papermill.execute_notebook(*paths, {"scale": "laptop"}, progress_bar=quiet)
     with pytest.raises(papermill.PapermillExecutionError, match="colour"):
         papermill.execute_notebook(*paths, {"colour": "red"}, progress_bar=quiet)
 

@@ -3,6 +3,7 @@
 import json
 import re
 
+import nbformat
 import pytest
 import transformers
 from bs4 import BeautifulSoup
@@ -39,11 +40,16 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
-def report(root, rows, template="Text: {text} Kind:", labels="no, yes", **options):
+def given(root, rows, template="Text: {text} Kind:", labels="no, yes", **options):
+    """A report's parameters, the rows in a file."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (root / "mine.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    given = dict(model=str(root / "tiny"), task=str(root / "mine.jsonl"), draws=2)
-    return write_report(given | dict(template=template, labels=labels) | options)
+    named = dict(model=str(root / "tiny"), task=str(root / "mine.jsonl"), draws=2)
+    return named | dict(template=template, labels=labels) | options
+
+
+def report(root, rows, **options):
+    return write_report(given(root, rows, **options))
 
 
 def test_a_random_model_on_a_task_of_twenty_classes(root):
@@ -78,15 +84,31 @@ def test_a_random_model_on_a_task_of_twenty_classes(root):
     assert all(r["low"] <= r["mean"] <= r["high"] for r in judged)
 
 
+def test_what_makes_no_report_is_said(root):
+    rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+    with pytest.raises(BookError, match="one example to evaluate on"):
+        report(root, rows)
+
+
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        ([("a", 0), ("b", 1)], "one example to evaluate on"),
         ([("a", 0)] * 8, "all of one class"),
         ([("a" * 300, 0), ("b", 1)] * 4, "do not fit into the model's 256 tokens"),
     ],
 )
-def test_what_makes_no_report_is_said(rows, named, root):
+def test_what_else_makes_none(rows, named, root):
     rows = [{"text": text, "label": label} for text, label in rows]
-    with pytest.raises(BookError, match=named):
-        report(root, rows)
+    asked = given(root, rows)
+    with pytest.raises(ValueError, match=named):
+        run_here(asked)
+
+
+def run_here(parameters):
+    """The cells of the report in this process: a kernel would import all anew."""
+    scope = {}
+    for cell in nbformat.read(ROOT / "experiments" / "report.ipynb", 4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, scope)
+            if "parameters" in cell.metadata.get("tags", ()):
+                scope |= parameters

@@ -34,8 +34,9 @@ STYLE = """/* kept.out */ @import "more.css";
 """
 
 
-@pytest.fixture
-def site(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("site")
     for part in ("styles", "vendor"):
         shutil.copytree(THEME / part, tmp_path / "_static" / part)
     (tmp_path / "_static" / "scripts").mkdir()
