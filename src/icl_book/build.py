@@ -1,5 +1,6 @@
 """Build the book from what its chapters gave, each run once."""
 
+import hashlib
 import html
 import json
 import os
@@ -16,7 +17,7 @@ import pandas as pd
 from filelock import FileLock
 from nbconvert import HTMLExporter
 
-from icl.assets import ASSETS, cache_dir, fetch
+from icl.assets import ASSETS, cache_dir, fetch, sha256
 from icl_book import execute, scoreboard
 from icl_book.execute import entered, read_parameters
 from icl_book.store import NOTEBOOK, RESULT, ROOT, BookError, read_run, write_atomically
@@ -120,11 +121,28 @@ def build_book(scale: str, folder: Path) -> Path:
         records[name] = record | {"folder": run.folder}
         log(costs(record))
     folder.mkdir(parents=True, exist_ok=True)
+    pages, mark = folder / "html", folder / ".made-of"
     with FileLock(folder / ".lock"):  # another build may be at it
-        return _pages(records, scale, folder)
+        digest = _made_of(records, scale)
+        if pages.is_dir() and mark.is_file() and mark.read_text() == digest:
+            log("the pages are unchanged")
+            return pages
+        mark.unlink(missing_ok=True)
+        _build_pages(records, scale, folder)
+        mark.write_text(digest)
+    return pages
 
 
-def _pages(records, scale, folder):
+def _made_of(records, scale):
+    """A hash of what pages depend on: runs, files of the book, versions."""
+    files = [*(ROOT / "book").rglob("*"), *ROOT.glob("README.md")]
+    files += [*ROOT.glob("_*.yml"), *ROOT.glob("requirements.lock")]
+    parts = [scale, *(record["fingerprint"] for record in records.values())]
+    parts += [f"{p} {sha256(p)}" for p in sorted(files) if p.is_file()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _build_pages(records, scale, folder):
     source = _assemble(records, scale, folder)
     log("building the pages ...", end=" ")
     start = time.perf_counter()
@@ -144,7 +162,6 @@ def _pages(records, scale, folder):
     old, new = (folder / "book" / "verdicts.svg" for folder in (ROOT, source))
     if scale == "laptop" and new.read_bytes() != old.read_bytes():
         log(f"the README's picture has other verdicts: cp {new} book/")
-    return pages
 
 
 def download_assets():

@@ -52,6 +52,13 @@ def pages(html):
     }
 
 
+def test_pages_are_not_built_again_if_nothing_changed(html):
+    page = html / "book" / "intro.html"
+    before = page.stat().st_mtime_ns
+    assert build_book("smoke", html.parent) == html
+    assert page.stat().st_mtime_ns == before
+
+
 def test_every_page_is_built(html):
     for name in [*notebooks(), "intro", "notation", "running", "execution"]:
         assert (html / "book" / f"{name}.html").is_file()
