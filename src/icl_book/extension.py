@@ -1,6 +1,6 @@
 """A Sphinx extension for the book's pages: which chapter uses a function, what a term
-means, what a page is about, its notebook and script, and buttons that lead to a public
-repository."""
+means, what a page is about and who cites what, a chapter's notebook and script, and
+buttons that lead to a public repository."""
 
 import ast
 import html
@@ -73,6 +73,23 @@ def _meanings(app, doctree, name):
         term = link.get("refuri", "").partition("glossary.html#")[2]
         if term in meaning:
             link["reftitle"] = " ".join(meaning[term].astext().split())
+
+
+def _citing(app, doctree, name):
+    """Say behind each entry of the bibliography which pages cite it."""
+    domain, pages = app.env.get_domain("cite"), {}
+    for cited in domain.citation_refs:
+        for target in cited.targets:
+            pages.setdefault(target.key, set()).add(cited.docname)
+    keys = {citation.citation_id: citation.key for citation in domain.citations}
+    for entry in doctree.findall(nodes.citation):
+        where = nodes.inline(classes=["cited-in"])
+        for page in sorted(pages[keys[entry["ids"][0]]]):
+            to = app.builder.get_relative_uri(name, page)
+            title = app.env.titles[page].astext()
+            link = nodes.reference("", title, refuri=to, internal=True)
+            where += [nodes.Text(", " if len(where) else " Cited in "), link]
+        entry.next_node(nodes.paragraph).append(where)
 
 
 def _describe(app, name, template, context, doctree):
@@ -150,6 +167,7 @@ def setup(app):
     app.connect("autodoc-skip-member", _skip)
     app.connect("autodoc-process-docstring", _say_where)
     app.connect("doctree-resolved", _meanings)
+    app.connect("doctree-resolved", _citing)
     app.connect("html-page-context", _describe)
     app.connect("html-page-context", _downloads, priority=900)  # after the theme's
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -136,3 +136,4 @@ def test_bibliography_has_addresses_and_is_cited():
     for entry in entries:
         key = re.search(r"\w+{(\w+),", entry)[1]
         assert re.search(rf"cite:[a-z]+}}`[^`]*{key}", pages), f"{key} is never cited"
+        assert "arXiv:" not in entry, f"{key}: eprint = {{...}} makes a link"
