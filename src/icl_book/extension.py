@@ -84,7 +84,7 @@ def _citing(app, doctree, name):
     keys = {citation.citation_id: citation.key for citation in domain.citations}
     for entry in doctree.findall(nodes.citation):
         where = nodes.inline(classes=["cited-in"])
-        for page in sorted(pages[keys[entry["ids"][0]]]):
+        for page in sorted(pages.get(keys.get(entry["ids"][0]), ())):
             to = app.builder.get_relative_uri(name, page)
             title = app.env.titles[page].astext()
             link = nodes.reference("", title, refuri=to, internal=True)

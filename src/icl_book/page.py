@@ -80,12 +80,13 @@ def _check_parameters():
     """Refuse what papermill was given by hand: it injects any name and any value."""
     shell = get_ipython()
     cells = shell.user_ns.get("In", []) if shell else []
-    if len(cells) > 2 and cells[2].startswith("# Parameters\n"):
+    injected = [n for n, cell in enumerate(cells) if cell.startswith("# Parameters\n")]
+    if injected:
         from icl_book.execute import check_values, parameters_in
 
         given = {}
-        exec(cells[2], {}, given)
-        known = parameters_in({"source": cells[1]}, "this notebook")
+        exec(cells[injected[0]], {}, given)
+        known = parameters_in({"source": cells[injected[0] - 1]}, "this notebook")
         check_values(known, given, "this notebook")
 
 
