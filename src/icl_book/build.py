@@ -125,7 +125,7 @@ def build_book(scale: str, folder: Path) -> Path:
     with FileLock(folder / ".lock"):  # another build may be at it
         digest = _made_of(records, scale)
         if pages.is_dir() and mark.is_file() and mark.read_text() == digest:
-            log("the pages are unchanged")
+            log("the pages are as they were")
         else:
             mark.unlink(missing_ok=True)
             _build_pages(records, scale, folder)
