@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -285,6 +286,12 @@ def test_progress_begins_with_the_first_step(tokens, tmp_path):
     assert lines[0].startswith("step 1/6")
     assert "min left" in lines[0]
     assert len(lines) == 4
+
+
+def test_a_batch_divides_among_processes(tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    with pytest.raises(ValueError, match="4 does not divide into 3"):
+        run(small(), tokens, tmp_path)
 
 
 def test_what_does_not_fit_is_refused_at_once(tokens):

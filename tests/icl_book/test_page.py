@@ -70,6 +70,9 @@ def test_a_page_refuses_what_papermill_was_given_by_hand(injected, monkeypatch):
     cells[2] = f"# Parameters\n{injected}\n"
     with pytest.raises(BookError, match=injected.split()[0]):
         page.begin("smoke")
+    cells.insert(1, "# Needs the book's packages")  # as in a notebook downloaded
+    with pytest.raises(BookError, match=injected.split()[0]):
+        page.begin("smoke")
 
 
 @pytest.mark.slow
