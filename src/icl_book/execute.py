@@ -189,7 +189,6 @@ def inputs(notebook: Path, files=(), threads=None) -> dict[str, str]:
     source = [p for own in packages for p in own.rglob("*") if p.suffix != ".pyc"]
     reads = r"(?:read_table|rows_of)\((?:\s*[\"'](\w+)[\"'])?"
     named = re.findall(reads, "\n".join(code))
-    named += ["language_models"] * ("at_best_rate(" in "\n".join(code))
     if "" in named:  # by a variable: any table
         named = [path.stem for path in table_path("x").parent.glob("*.csv")]
     tables = [table_path(n).with_suffix(s) for n in named for s in (".csv", ".json")]

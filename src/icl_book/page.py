@@ -256,22 +256,23 @@ def findings() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["claim", *columns]).set_index("claim")
 
 
-def at_best_rate(measure: str, seeds=1, **where) -> tuple[pd.Series, pd.DataFrame]:
+def at_best_rate(rows, measure: str, seeds=1, **where):
     """What the small language models came to, each arm at its best learning rate.
 
     The best is that with the least loss on the validation text from seed 0.
 
     Args:
-        measure: of ``results/language_models.csv``.
+        rows: of ``results/language_models.csv``.
+        measure: one of its measures.
         seeds: the first seed that counts; default 1, since 0 has chosen the rate.
         where: values of the table's other columns; default rotary models of 1 million
             weights after 600 steps on Shakespeare.
 
     Returns:
-        ``(rates, values)``: rates by arm; values by seed (row) and arm (column).
+        ``(rates, values)``: the rate of each arm, a series, and a table of values by
+        seed (row) and arm (column).
     """
     usual = dict(corpus="shakespeare", positions="rotary", size="1m", steps=600)
-    rows, _ = read_table("language_models")
     for column, value in (usual | where).items():
         rows = rows[rows[column] == value]
     rows = rows[rows.step == rows.steps]
