@@ -114,9 +114,9 @@ endef
 look: book  ## open every page in Chromium: equations, figures, search, accessibility
 	@$(call BROWSER,pages not looked at,0) && node _build/browser/check.mjs _build/book/html
 
-pdf: book  ## the whole book as _build/book/book.pdf, printed by Chromium
-	@$(call BROWSER,no PDF,1) && node _build/browser/pdf.mjs _build/book/html _build/book/book.pdf \
-	  && echo "_build/book/book.pdf"
+pdf: book  ## the whole book as _build/book/html/book.pdf, printed by Chromium
+	@$(call BROWSER,no PDF,1) && node _build/browser/pdf.mjs _build/book/html _build/book/html/book.pdf \
+	  && echo "_build/book/html/book.pdf"
 
 serve: book  ## read the book at http://localhost:8000
 	@echo "http://localhost:$$PORT (stop with control-C)"

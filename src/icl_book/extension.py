@@ -127,7 +127,14 @@ if not importlib.util.find_spec("icl_book"):
 
 
 def _downloads(app, name, template, context, doctree):
-    """Offer a chapter as a notebook without outputs, and as a script."""
+    """Offer a chapter as a notebook without outputs, and as a script; where the book
+    is published, the whole of it as a PDF."""
+    url = app.config.html_theme_options.get("repository_url")
+    menus = {button.get("label"): button for button in context["header_buttons"]}
+    if doctree is not None and url:
+        pdf = {"type": "link", "url": context["pathto"]("book.pdf", 1)}
+        pdf |= {"icon": "fas fa-book", "text": "whole book, .pdf", "tooltip": "Download"}
+        menus["download-buttons"]["buttons"].append(pdf | {"label": "download-book"})
     chapter = name.removeprefix("book/")
     if doctree is None or chapter not in chapters():
         return
@@ -136,11 +143,9 @@ def _downloads(app, name, template, context, doctree):
     notebook = nbformat.read(chapter_path(chapter), as_version=4)
     script, _ = PythonExporter(exclude_input_prompt=True).from_notebook_node(notebook)
     to.with_suffix(".py").write_text(script, encoding="utf-8")
-    url = app.config.html_theme_options.get("repository_url")
     first = NEEDS + (HOSTED.format(url=url) if url else HERE)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(first, id="needs"))
     nbformat.write(notebook, to.with_suffix(".ipynb"))
-    menus = {button.get("label"): button for button in context["header_buttons"]}
     for button in menus.get("launch-buttons", {"buttons": ()})["buttons"]:
         button["tooltip"] += ", at smoke scale: it has 2 GB of memory"
     menu = menus["download-buttons"]

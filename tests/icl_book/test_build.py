@@ -381,6 +381,8 @@ def test_one_setting_turns_on_the_buttons(tmp_path):
     text = (tmp_path / "_build/html/book/04_softmax_dual.html").read_text()
     page = BeautifulSoup(text, "html.parser")
     assert len(page.select(BUTTONS)) > 1
+    (pdf,) = page.select(".btn-download-book")
+    assert pdf["href"] == "../book.pdf"
     links = [link["href"] for link in page.select("a[href]")]
     outside = {link for link in links if link.startswith("http")}
     clean = tmp_path / "_build/html/notebooks/04_softmax_dual.ipynb"
