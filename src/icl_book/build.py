@@ -1,5 +1,6 @@
 """Build the book from what its chapters gave, each run once."""
 
+import filecmp
 import hashlib
 import html
 import json
@@ -123,13 +124,14 @@ def build_book(scale: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pages, mark = folder / "html", folder / ".made-of"
     with FileLock(folder / ".lock"):  # another build may be at it
-        digest = _made_of(records, scale)
-        if pages.is_dir() and mark.is_file() and mark.read_text() == digest:
+        tools, made_of = _made_of(records, scale)
+        before = mark.read_text().split() if mark.is_file() else []
+        if pages.is_dir() and before == [tools, made_of]:
             log("the pages are as they were")
         else:
             mark.unlink(missing_ok=True)
-            _build_pages(records, scale, folder)
-            mark.write_text(digest)
+            _build_pages(records, scale, folder, before[:1] == [tools])
+            mark.write_text(f"{tools}\n{made_of}\n")
     old, new = (path / "book" / "verdicts.svg" for path in (ROOT, folder / "source"))
     if scale == "laptop" and new.read_bytes() != old.read_bytes():
         log(f"the README's picture has other verdicts: cp {new} book/")
@@ -137,33 +139,61 @@ def build_book(scale: str, folder: Path) -> Path:
 
 
 def _made_of(records, scale):
-    """A hash of what pages depend on: runs, files of the book, versions."""
-    files = [*(ROOT / "book").rglob("*"), *ROOT.glob("README.md")]
-    files += [*ROOT.glob("_*.yml"), *ROOT.glob("requirements.lock")]
+    """Hashes of what makes pages, and of what they are made of with it."""
+    tools = [*(ROOT / "src" / "icl_book").glob("*.*"), *ROOT.glob("_*.yml")]
+    tools += [*ROOT.glob("requirements.lock")]
+    files = [*tools, *(ROOT / "book").rglob("*"), *ROOT.glob("README.md")]
+    files += [record["folder"] / NOTEBOOK for record in records.values()]
     parts = [scale, str(os.cpu_count())]
     parts += [record["fingerprint"] for record in records.values()]
-    files += [record["folder"] / NOTEBOOK for record in records.values()]
-    parts += [f"{p} {sha256(p)}" for p in sorted(files) if p.is_file()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return _digest([], tools), _digest(parts, files)
 
 
-def _build_pages(records, scale, folder):
-    source = _assemble(records, scale, folder)
+def _digest(parts, files):
+    marks = [*parts, *(f"{p} {sha256(p)}" for p in sorted(files) if p.is_file())]
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest()
+
+
+def _build_pages(records, scale, folder, again):
+    """Build the pages, ``again`` those alone whose sources have changed."""
+    if not again:
+        shutil.rmtree(folder / "_build", ignore_errors=True)
+    new, source = folder / "new", folder / "source"
+    _assemble(records, scale, new)
+    replace_changed(new, source)
     log("building the pages ...", end=" ")
     start = time.perf_counter()
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", source]
-    command += ["--path-output", folder, "-W", "-n", "--keep-going", "-q"]
+    run_sphinx(folder)
+    pages = folder / "html"
+    shutil.rmtree(pages, ignore_errors=True)
+    shutil.copytree(folder / "_build" / "html", pages)
+    lighten(pages)
+    log(f"{time.perf_counter() - start:.0f} s")
+
+
+def replace_changed(new: Path, folder: Path):
+    """Give ``folder`` the files of ``new``, which goes; those alike keep their times,
+    by which Sphinx knows that they are."""
+    for path in [*folder.rglob("*")]:
+        other = new / path.relative_to(folder)
+        if path.is_file() and other.is_file() and filecmp.cmp(path, other, False):
+            shutil.copystat(path, other)
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+
+
+def run_sphinx(folder: Path):
+    """Build ``folder/_build/html`` from ``folder/source``, warnings as errors."""
+    command = [Path(sys.executable).with_name("jupyter-book"), "build"]
+    command += [folder / "source", "--path-output", folder]
+    command += ["-W", "-n", "--keep-going", "-q"]
     own = execute.kernel_env()
     run = subprocess.run(command, capture_output=True, text=True, env=own)
     if run.returncode:
+        shutil.rmtree(folder / "_build", ignore_errors=True)  # or it warns only once
         problems = [s for s in run.stderr.splitlines() if "WARN" in s or "ERR" in s]
         tail = problems[-30:] or (run.stdout + run.stderr).splitlines()[-30:]
         raise BookError("\n".join(tail) + "\n\nthe pages could not be built")
-    pages = folder / "html"
-    shutil.rmtree(pages, ignore_errors=True)
-    shutil.move(folder / "_build" / "html", pages)
-    lighten(pages)
-    log(f"{time.perf_counter() - start:.0f} s")
 
 
 def download_assets():
@@ -178,11 +208,9 @@ def download_assets():
     log(f"{time.perf_counter() - start:.0f} s, in {cache_dir()}")
 
 
-def _assemble(records, scale, folder):
+def _assemble(records, scale, source):
     """A copy of the book's sources, with its chapters executed."""
-    source = folder / "source"
     shutil.rmtree(source, ignore_errors=True)
-    shutil.rmtree(folder / "_build", ignore_errors=True)
     left_out = shutil.ignore_patterns("*.ipynb", "*.toml", ".*")
     shutil.copytree(ROOT / "book", source / "book", ignore=left_out)
     for name in ("_config.yml", "_toc.yml"):
@@ -218,7 +246,6 @@ def _assemble(records, scale, folder):
     table = pd.DataFrame(executions, columns=columns)
     table.to_csv(source / "book" / "execution.csv", index=False)
     _unpack_mathjax(source / "_mathjax" / "mathjax")
-    return source
 
 
 def _unpack_mathjax(folder):

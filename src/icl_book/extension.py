@@ -4,6 +4,7 @@ buttons that lead to a public repository."""
 
 import ast
 import html
+import json
 import re
 import textwrap
 from functools import lru_cache
@@ -54,6 +55,29 @@ def _say_where(app, what, name, obj, options, lines):
     if where and what in ("function", "class"):
         pages = ", ".join(f":doc:`/book/{chapter}`" for chapter in where)
         lines += ["", f"*Used in* {pages}.", ""]
+
+
+def _outdated(app, env, added, changed, removed):
+    """The page of the package, if chapters use other functions of it."""
+    known, env.icl_users = getattr(env, "icl_users", None), users()
+    return [] if known == env.icl_users else {"book/api"} & env.found_docs
+
+
+def _shown_elsewhere(app, env):
+    """All pages, if what they show of each other has changed; Sphinx would leave old
+    titles and meanings on those whose own sources are as they were."""
+    std, math = env.domaindata["std"], env.domaindata["math"]
+    cited = env.get_domain("cite")
+    cites = {(r.docname, t.key) for r in cited.citation_refs for t in r.targets}
+    shown = [
+        {name: title.astext() for name, title in env.titles.items()},
+        [env.toc_secnumbers, env.toc_fignumbers, math["objects"]],
+        [std["labels"], std["anonlabels"], std["terms"], sorted(cites)],
+        [env.get_doctree(n).astext() for n in env.found_docs if n.endswith("glossary")],
+    ]
+    shown = json.dumps(shown, sort_keys=True, default=str)
+    known, env.icl_shown = getattr(env, "icl_shown", None), shown
+    return [] if known == shown else env.found_docs
 
 
 def _skip(app, what, name, obj, skip, options):
@@ -133,7 +157,11 @@ def _downloads(app, name, template, context, doctree):
     menus = {button.get("label"): button for button in context["header_buttons"]}
     if doctree is not None and url:
         pdf = {"type": "link", "url": context["pathto"]("book.pdf", 1)}
-        pdf |= {"icon": "fas fa-book", "text": "whole book, .pdf", "tooltip": "Download"}
+        pdf |= {
+            "icon": "fas fa-book",
+            "text": "whole book, .pdf",
+            "tooltip": "Download",
+        }
         menus["download-buttons"]["buttons"].append(pdf | {"label": "download-book"})
     chapter = name.removeprefix("book/")
     if doctree is None or chapter not in chapters():
@@ -173,6 +201,8 @@ def setup(app):
     app.connect("autodoc-process-docstring", _say_where)
     app.connect("doctree-resolved", _meanings)
     app.connect("doctree-resolved", _citing)
+    app.connect("env-get-outdated", _outdated)
+    app.connect("env-get-updated", _shown_elsewhere, priority=900)  # of numbers
     app.connect("html-page-context", _describe)
     app.connect("html-page-context", _downloads, priority=900)  # after the theme's
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -160,7 +160,7 @@ def collect(runs, key: list[str], path: Path, command: str, costs=False):
     rows, parts = [], {}
     for status, record in (read_run(run.folder) for run in runs):
         if status == "finished":
-            named = {name: record["parameters"][name] for name in key}
+            named = {name: short_name(record["parameters"][name]) for name in key}
             facts = json.dumps([record["made"], record["facts"]], sort_keys=True)
             parts.setdefault(facts, []).append(key_of(named, key))
             paid = {name: record[name] for name in COSTS} if costs else {}
@@ -199,12 +199,18 @@ def keys_in(path: Path, key: list[str]) -> set[str]:
 
 
 def key_of(row: dict, key: list[str]) -> str:
-    """The values that tell a run apart, equal however a CSV file has written them.
-
-    A file of weights or of a task goes by its name.
-    """
+    """The values that tell a run apart, equal however a CSV file has written them."""
     values = ["" if v is None or v != v else v for v in map(row.get, key)]
     values = [int(v) if isinstance(v, float) and v % 1 == 0 else v for v in values]
-    values = [json.dumps(v) if isinstance(v, list) else str(v) for v in values]
-    values = [Path(v).stem if v.endswith((".gguf", ".jsonl")) else v for v in values]
-    return ", ".join(values)
+    values = [json.dumps(v) if isinstance(v, list) else v for v in values]
+    return ", ".join(str(short_name(v)) for v in values)
+
+
+def short_name(value):
+    """The name of a file of weights or of a task, or at the end of a whole path; any
+    other value is left as it is."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("/") or value.endswith((".gguf", ".jsonl")):
+        value = value.rsplit("/", 1)[-1]
+    return value.removesuffix(".gguf").removesuffix(".jsonl")

@@ -48,6 +48,10 @@ def lighten(html: Path):
         root = "../" * (len(path.relative_to(html).parts) - 1)
         path.write_text(_light(text, root, names), encoding="utf-8")
     _excerpts(html, pages)
+    seen = "".join(path.read_text(encoding="utf-8") for path in pages)
+    for path in (html / "_images").glob("*"):  # also those of builds before
+        if path.name not in seen:
+            path.unlink()
     for path in [*(html / "_static").rglob("*.map"), *{*styles, *scripts}]:
         path.unlink()
     for name in LEFT_OUT:

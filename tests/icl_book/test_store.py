@@ -161,6 +161,15 @@ def test_a_row_may_override_the_key_and_failed_runs_give_none(tmp_path):
     assert table.to_dict("list") == {"task": ["mr", "labels"], "value": [1, 2]}
 
 
+def test_a_table_names_no_folder_of_the_machine(tmp_path):
+    names = ["/home/a/llama-3.2-1b", "models/x.gguf", "/home/a/y.gguf", "org/llama-3.2"]
+    rows = [{"value": 1}]
+    runs = [made(tmp_path / f"{k}", {"model": n}, rows) for k, n in enumerate(names)]
+    table = collect(runs, ["model"], tmp_path / "t.csv", "make")
+    assert [*table.model] == ["llama-3.2-1b", "x", "y", "org/llama-3.2"]
+    assert store.keys_in(tmp_path / "t.csv", ["model"]) == {*table.model}
+
+
 @pytest.mark.parametrize(
     "values",
     [[1, "one", None], [2**70, -1, 0], [0.5, True, "x"], [[1, 2], "a", None]],
