@@ -4,7 +4,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends chromium gcc git libc6-dev make npm \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home reader \
-    && install --directory --owner=reader /book
+    && install --directory --owner=reader /book /book/_build
 USER reader
 WORKDIR /book
 # an index with CPU builds of PyTorch, which are smaller: --build-arg

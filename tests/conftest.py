@@ -1,4 +1,4 @@
-"""Fixtures: tiny random models of the six families, and text to score."""
+"""Fixtures: tiny random models of the covered families, and text to score."""
 
 import pytest
 import torch

@@ -139,10 +139,11 @@ def build_book(scale: str, folder: Path) -> Path:
 
 
 def _made_of(records, scale):
-    """Hashes of what makes pages, and of what they are made of with it."""
-    tools = [*(ROOT / "src" / "icl_book").glob("*.*"), *ROOT.glob("_*.yml")]
-    tools += [*ROOT.glob("requirements.lock")]
-    files = [*tools, *(ROOT / "book").rglob("*"), *ROOT.glob("README.md")]
+    """Hashes of what all pages are made with, and of that and what each is made of."""
+    book, lock = [*(ROOT / "book").rglob("*")], ROOT.glob("requirements.lock")
+    tools = [*(ROOT / "src" / "icl_book").glob("*.*"), *ROOT.glob("_*.yml"), *lock]
+    tools += [path for path in book if path.suffix not in (".md", ".ipynb")]
+    files = [*tools, *book, *ROOT.glob("README.md")]
     files += [record["folder"] / NOTEBOOK for record in records.values()]
     parts = [scale, str(os.cpu_count())]
     parts += [record["fingerprint"] for record in records.values()]
@@ -155,7 +156,8 @@ def _digest(parts, files):
 
 
 def _build_pages(records, scale, folder, again):
-    """Build the pages, ``again`` those alone whose sources have changed."""
+    """Build the pages; ``again`` if what all are made with is as it was, and the last
+    build was finished: then those alone whose sources have changed."""
     if not again:
         shutil.rmtree(folder / "_build", ignore_errors=True)
     new, source = folder / "new", folder / "source"
@@ -172,12 +174,14 @@ def _build_pages(records, scale, folder, again):
 
 
 def replace_changed(new: Path, folder: Path):
-    """Give ``folder`` the files of ``new``, which goes; those alike keep their times,
-    by which Sphinx knows that they are."""
-    for path in [*folder.rglob("*")]:
-        other = new / path.relative_to(folder)
-        if path.is_file() and other.is_file() and filecmp.cmp(path, other, False):
-            shutil.copystat(path, other)
+    """Give ``folder`` the files of ``new``, which goes. Those alike keep their times,
+    the others are of now: by these Sphinx knows what has changed."""
+    for path in [p for p in new.rglob("*") if p.is_file()]:
+        old = folder / path.relative_to(new)
+        if old.is_file() and filecmp.cmp(old, path, shallow=False):
+            shutil.copystat(old, path)
+        else:
+            os.utime(path)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
 
@@ -190,7 +194,6 @@ def run_sphinx(folder: Path):
     own = execute.kernel_env()
     run = subprocess.run(command, capture_output=True, text=True, env=own)
     if run.returncode:
-        shutil.rmtree(folder / "_build", ignore_errors=True)  # or it warns only once
         problems = [s for s in run.stderr.splitlines() if "WARN" in s or "ERR" in s]
         tail = problems[-30:] or (run.stdout + run.stderr).splitlines()[-30:]
         raise BookError("\n".join(tail) + "\n\nthe pages could not be built")
