@@ -11,10 +11,11 @@ from icl.online import chunkwise
 class _Memory(AttentionKind):
     """Output of a linear memory that has learned the pairs of key and value so far.
 
-    :func:`icl.online.chunkwise` on queries and keys of unit length, so that every step
-    β in [0, 2] is stable, with outputs divided by their root mean square, as those of
-    DeltaNet are (Yang et al. 2024). Every call recomputes the memory from all tokens,
-    in decoding too. Padding on either side writes nothing; packed texts are refused.
+    :func:`icl.online.chunkwise` on queries and keys of unit length, so that without
+    momentum every step β in [0, 2] is stable, with outputs divided by their root mean
+    square, as those of DeltaNet are (Yang et al. 2024). Every call recomputes the
+    memory from all tokens, in decoding too. Padding on either side writes nothing;
+    packed texts are refused.
     """
 
     needs_all_keys = True
