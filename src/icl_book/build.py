@@ -129,7 +129,6 @@ def build_book(scale: str, folder: Path) -> Path:
         if pages.is_dir() and before == [tools, made_of]:
             log("the pages are as they were")
         else:
-            mark.unlink(missing_ok=True)
             _build_pages(records, scale, folder, before[:1] == [tools])
             mark.write_text(f"{tools}\n{made_of}\n")
     old, new = (path / "book" / "verdicts.svg" for path in (ROOT, folder / "source"))
@@ -141,7 +140,8 @@ def build_book(scale: str, folder: Path) -> Path:
 def _made_of(records, scale):
     """Hashes of what all pages are made with, and of that and what each is made of."""
     book, lock = [*(ROOT / "book").rglob("*")], ROOT.glob("requirements.lock")
-    tools = [*(ROOT / "src" / "icl_book").glob("*.*"), *ROOT.glob("_*.yml"), *lock]
+    tools = [*(ROOT / "src").rglob("*.py"), *(ROOT / "src").rglob("*.jinja")]
+    tools += [*ROOT.glob("_*.yml"), *lock]
     tools += [path for path in book if path.suffix not in (".md", ".ipynb")]
     files = [*tools, *book, *ROOT.glob("README.md")]
     files += [record["folder"] / NOTEBOOK for record in records.values()]
@@ -162,6 +162,7 @@ def _build_pages(records, scale, folder, again):
         shutil.rmtree(folder / "_build", ignore_errors=True)
     new, source = folder / "new", folder / "source"
     _assemble(records, scale, new)
+    (folder / ".made-of").unlink(missing_ok=True)
     replace_changed(new, source)
     log("building the pages ...", end=" ")
     start = time.perf_counter()
@@ -279,7 +280,7 @@ def executed_page(source: Path, run: Path):
             cells.append(cell)
             continue
         ran = outputs.pop(0)
-        ran.metadata = nbformat.from_dict(ran.metadata | cell.metadata)
+        ran.metadata = cell.metadata
         *_, findings = entered([ran])
         claims = {finding["claim"] for finding in findings} - linked
         linked |= claims

@@ -57,6 +57,19 @@ def _say_where(app, what, name, obj, options, lines):
         lines += ["", f"*Used in* {pages}.", ""]
 
 
+def _made_from(app, name, source):
+    """A chapter's page depends on its notebook, too, which is offered beside it."""
+    if (notebook := chapter_path(name.removeprefix("book/"))).is_file():
+        app.env.note_dependency(str(notebook))
+
+
+def _purge(app, env, docnames):
+    """Forget all pages that are read again before the first is: a label may move."""
+    for name in docnames:
+        app.emit("env-purge-doc", env, name)
+        env.clear_doc(name)
+
+
 def _outdated(app, env, added, changed, removed):
     """The page of the package, if chapters use other functions of it."""
     known, env.icl_users = getattr(env, "icl_users", None), users()
@@ -70,14 +83,17 @@ def _shown_elsewhere(app, env):
     cited = env.get_domain("cite")
     cites = {(r.docname, t.key) for r in cited.citation_refs for t in r.targets}
     shown = [
-        {name: title.astext() for name, title in env.titles.items()},
+        {name: str(title) for name, title in env.titles.items()},
         [env.toc_secnumbers, env.toc_fignumbers, math["objects"]],
+        env.domaindata["py"]["objects"],
         [std["labels"], std["anonlabels"], std["terms"], sorted(cites)],
         [env.get_doctree(n).astext() for n in env.found_docs if n.endswith("glossary")],
     ]
     shown = json.dumps(shown, sort_keys=True, default=str)
     known, env.icl_shown = getattr(env, "icl_shown", None), shown
-    return [] if known == shown else env.found_docs
+    # Sphinx forgets the entries in the search's index of pages that are not written
+    entries = env.domaindata["index"]["entries"]
+    return [n for n in entries if entries[n]] if known == shown else env.found_docs
 
 
 def _skip(app, what, name, obj, skip, options):
@@ -202,6 +218,8 @@ def setup(app):
     app.connect("doctree-resolved", _meanings)
     app.connect("doctree-resolved", _citing)
     app.connect("env-get-outdated", _outdated)
+    app.connect("env-before-read-docs", _purge)
+    app.connect("source-read", _made_from)
     app.connect("env-get-updated", _shown_elsewhere, priority=900)  # of numbers
     app.connect("html-page-context", _describe)
     app.connect("html-page-context", _downloads, priority=900)  # after the theme's

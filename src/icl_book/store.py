@@ -207,10 +207,10 @@ def key_of(row: dict, key: list[str]) -> str:
 
 
 def short_name(value):
-    """The name of a file of weights or of a task, or at the end of a whole path; any
-    other value is left as it is."""
-    if not isinstance(value, str):
-        return value
-    if value.startswith("/") or value.endswith((".gguf", ".jsonl")):
-        value = value.rsplit("/", 1)[-1]
-    return value.removesuffix(".gguf").removesuffix(".jsonl")
+    """A value as a table has it: of a file of weights the name, of another whole path
+    the last two parts."""
+    if isinstance(value, str) and value.endswith(".gguf"):
+        return Path(value).stem
+    if isinstance(value, str) and value.startswith("/"):
+        return "/".join(value.split("/")[-2:])
+    return value

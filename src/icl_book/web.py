@@ -49,8 +49,9 @@ def lighten(html: Path):
         path.write_text(_light(text, root, names), encoding="utf-8")
     _excerpts(html, pages)
     seen = "".join(path.read_text(encoding="utf-8") for path in pages)
-    for path in (html / "_images").glob("*"):  # also those of builds before
-        if path.name not in seen:
+    # files of builds before
+    for path in [*(html / "_images").glob("*"), *(html / "_downloads").glob("*/*")]:
+        if path.name not in seen or path.parent.name not in seen:
             path.unlink()
     for path in [*(html / "_static").rglob("*.map"), *{*styles, *scripts}]:
         path.unlink()

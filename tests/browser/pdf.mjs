@@ -36,6 +36,7 @@ await page.evaluate(
       for (const link of article.querySelectorAll("a[href]")) {
         const target = inside(order[n], link.getAttribute("href"));
         if (target) link.setAttribute("href", target);
+        else if (!/^(https?|mailto):/.test(link.getAttribute("href"))) link.removeAttribute("href");
       }
       for (const fold of article.querySelectorAll("details")) fold.open = true;
       for (const image of article.querySelectorAll("img")) image.loading = "eager";

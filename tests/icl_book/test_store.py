@@ -162,11 +162,13 @@ def test_a_row_may_override_the_key_and_failed_runs_give_none(tmp_path):
 
 
 def test_a_table_names_no_folder_of_the_machine(tmp_path):
-    names = ["/home/a/llama-3.2-1b", "models/x.gguf", "/home/a/y.gguf", "org/llama-3.2"]
+    names = ["/home/me/a/500", "/home/me/b/500", "models/x.gguf", "/me/y.gguf"]
+    names += ["org/llama-3.2", "/home/d/mr.jsonl", "mr"]
     rows = [{"value": 1}]
     runs = [made(tmp_path / f"{k}", {"model": n}, rows) for k, n in enumerate(names)]
     table = collect(runs, ["model"], tmp_path / "t.csv", "make")
-    assert [*table.model] == ["llama-3.2-1b", "x", "y", "org/llama-3.2"]
+    short = ["a/500", "b/500", "x", "y", "org/llama-3.2", "d/mr.jsonl", "mr"]
+    assert [*table.model] == short
     assert store.keys_in(tmp_path / "t.csv", ["model"]) == {*table.model}
 
 
