@@ -76,6 +76,22 @@ def test_a_grid_makes_the_rows_of_its_table_and_no_others(path):
     assert made == rows
 
 
+def test_every_report_has_what_the_page_of_models_shows():
+    table, _ = read_table("report")
+    for of, rows in table.fillna({"control": ""}).groupby(["model", "task"]):
+        found = {*zip(rows.measure, rows.control, strict=True)}
+        assert len(found) == len(rows), of
+        assert {("accuracy, calibrated", n) for n in ("ZSL", "ICL", "FT")} <= found, of
+        for measure in ("SimAOU", "SimAOU, not normalised", "SimAM of changes"):
+            controls = {c for m, c in found if m == measure}
+            assert controls >= {"itself", "minus: FT on other examples"}, of
+        ends = rows[["low", "mean", "high"]].dropna().to_numpy()
+        assert (np.diff(ends) >= -1e-12).all(), of
+        same = ["gate", "demonstrations", "draws", "queries", "learning_rate"]
+        assert (rows[same].nunique() == 1).all(), of
+        assert (rows.draws >= 2).all(), of
+
+
 def test_a_wider_network_pays_for_two_views():
     count = {}
     for arm in ("softmax", "softmax, wider", "augmented"):
