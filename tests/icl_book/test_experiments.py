@@ -14,7 +14,7 @@ from icl_book.store import NOTEBOOK, ROOT, key_of, read_table
 from icl_book.sweep import read_grid
 
 GRIDS = sorted((ROOT / "experiments").glob("*.yaml"))
-#: Two are for other machines, three are not made yet.
+#: Two are for other machines, two are not made yet, of the reports there are some.
 LEFT = ("paper_scale", "open_models", "encoder", "demonstrations", "report")
 TABLES = [p for p in GRIDS if p.stem not in LEFT]
 
