@@ -14,7 +14,7 @@ from icl_book import page
 from icl_book.build import chapter_path, chapters
 from icl_book.execute import read_parameters
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 #: Another value of each parameter, of which the chapters make something at smoke scale.
 OTHER = {
     "seed": 7,
