@@ -50,7 +50,6 @@ TASK_NAMES = _Names(
 MODEL_NAMES = {
     "smollm2-135m": "SmolLM2-135M-Instruct, 4-bit",
     "tinyllama-1.1b-chat": "TinyLlama-1.1B-Chat, 2-bit",
-    "models/smollm2-135m-random": "random weights, shape of SmolLM2-135M",
 }
 
 _opened = {}

@@ -35,9 +35,9 @@ from icl_book.store import NOTEBOOK, RESULT, ROOT
 
 pytestmark = pytest.mark.slow
 
-#: Buttons to a public repository and to a hosted notebook.
 #: Whether the configuration has the address of the public repository.
 PUBLISHED = '  url: ""' not in (ROOT / "_config.yml").read_text()
+#: Buttons to a public repository and to a hosted notebook.
 BUTTONS = '[class*="source-buttons"], [class*="btn-source-"], [class*="launch-buttons"]'
 
 
@@ -321,9 +321,8 @@ def test_pages_built_again_are_as_built_at_first(html):
     run_sphinx(html.parent)
     assert "A sentence more." in (built / "closing.html").read_text()
     after_one = build_again()
-    edit(
-        "11_attention_maps.ipynb", "# Attention maps", "# Maps, attention"
-    )  # no new word for the search
+    # no new word, which would stay in the search's index
+    edit("11_attention_maps.ipynb", "# Attention maps", "# Maps, attention")
     edit("glossary.md", "\ncalibration\n  ", "\ncalibration\n  For once: ")
     run_sphinx(html.parent)
     assert "Maps, attention" in (built / "19_memory_descent.html").read_text()

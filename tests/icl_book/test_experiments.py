@@ -76,7 +76,7 @@ def test_a_grid_makes_the_rows_of_its_table_and_no_others(path):
     assert made == rows
 
 
-def test_every_report_has_what_the_page_of_models_shows():
+def test_every_report_in_the_table_is_whole():
     table, _ = read_table("report")
     for of, rows in table.fillna({"control": ""}).groupby(["model", "task"]):
         found = {*zip(rows.measure, rows.control, strict=True)}

@@ -70,7 +70,7 @@ def entered(name, **given):
         page, "result", lambda *r, facts=None, **c: rows.append(c | {"rows": r})
     )
     again = mock.patch.object(
-        models, "load_model", lambda *a, **o: copy.deepcopy(load(*a))
+        models, "load_model", lambda *a, **o: copy.deepcopy(load(*a, **o))
     )
     with take, again:
         for cell, has_parameters in code_of(name):
