@@ -5,7 +5,6 @@ import datetime
 import io
 import sys
 import time
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,7 +14,7 @@ from IPython.display import HTML, Markdown, display
 from jinja2 import Environment, PackageLoader
 
 from icl_book.scoreboard import asked, over
-from icl_book.store import COSTS, MADE, RESULT, ROOT, environment, read_table
+from icl_book.store import COSTS, MADE, RESULT, environment, read_table, short_name
 
 #: How much is run, from seconds (tests) and a minute (reading) to the whole protocol.
 SCALES = ("smoke", "laptop", "paper")
@@ -50,6 +49,7 @@ TASK_NAMES = _Names(
 MODEL_NAMES = {
     "smollm2-135m": "SmolLM2-135M-Instruct, 4-bit",
     "tinyllama-1.1b-chat": "TinyLlama-1.1B-Chat, 2-bit",
+    "models/smollm2-135m-random": "SmolLM2's shape, random weights",
 }
 
 _opened = {}
@@ -129,9 +129,7 @@ def rows_of(name: str, model: str) -> pd.DataFrame:
     from icl.models import DEFAULT
 
     table, _ = read_table(name)
-    own = Path(model).stem if (ROOT / model).exists() else model
-    own = "" if own == DEFAULT != model else own  # another, in a folder of that name
-    theirs, mine = (table[table.model == name] for name in (DEFAULT, own))
+    theirs, mine = (table[table.model == own] for own in (DEFAULT, short_name(model)))
     if missing := {*theirs.task} - {*mine.task}:
         note = f"""> **The table {name} has no rows of {model}** for
         {", ".join(sorted(missing))}. What follows is of {DEFAULT}. To make rows of your

@@ -93,8 +93,7 @@ def test_papermill_by_hand(tmp_path):
 
 
 def test_rows_of_a_model_or_a_note_that_there_are_none(tmp_path, monkeypatch, capsys):
-    for module in (page, store):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(store, "ROOT", tmp_path)
     shown = []
     monkeypatch.setattr(page, "display", shown.append)
     (tmp_path / "results").mkdir()
@@ -107,9 +106,7 @@ def test_rows_of_a_model_or_a_note_that_there_are_none(tmp_path, monkeypatch, ca
     ]
     text = "\n".join(["model,task,x", *rows])
     (tmp_path / "results" / "t.csv").write_text(text)
-    (tmp_path / "mine.gguf").touch()
-    (tmp_path / "else" / "smollm2-135m").mkdir(parents=True)
-    for model in ("mine", "mine.gguf"):
+    for model in ("mine", "models/mine.gguf"):
         assert page.rows_of("t", model).x.tolist() == [3, 4]
     assert page.rows_of("t", "smollm2-135m").x.tolist() == [1, 2]
     assert not shown
