@@ -134,7 +134,7 @@ _build/bench/%: benchmarks/%.py benchmarks/measure.py $(wildcard src/*/*.py src/
 	@$(BIN)/pip freeze --exclude-editable > .venv/installed.txt
 	@$(PIP) --constraint .venv/installed.txt --requirement $< && touch $@
 
-clean:  ## delete what was built (not .venv, the downloads and the runs of sweeps)
+clean:  ## delete what was built, reports too (not .venv, the downloads and the runs of sweeps)
 	@rm -rf .pytest_cache .ruff_cache .hypothesis
 	@test ! -d _build || find _build/ -mindepth 1 -maxdepth 1 ! -name sweeps -exec rm -rf {} +
 	@echo "deleted caches and _build, but for _build/sweeps: days of work may lie there"

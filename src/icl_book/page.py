@@ -133,8 +133,9 @@ def rows_of(name: str, model: str) -> pd.DataFrame:
     if missing := {*theirs.task} - {*mine.task}:
         note = f"""> **The table {name} has no rows of {model}** for
         {", ".join(sorted(missing))}. What follows is of {DEFAULT}. To make rows of your
-        model, write `model: {model}` under `fixed:` in `experiments/{name}.yaml`, and
-        run `make table NAME={name} OPTIONS=--only-missing`."""
+        model, write `- model: {model}` and its tasks under `vary:` in
+        `experiments/{name}.yaml`, and run `make table NAME={name}
+        OPTIONS=--only-missing`."""
         display(Markdown(" ".join(note.split())))
         mine = theirs
     print(f"results/{name}.csv: {mine.model.iloc[0]}")

@@ -20,7 +20,6 @@ VERDICTS = {
     "supported": "#1f9e78",
     "not supported": "#7a828e",
     "contradicted": "#d1495b",
-    "not testable here": "#a88600",
 }
 
 
@@ -42,19 +41,17 @@ def read_claims(path: Path) -> list[dict]:
 
 
 def _problem(claim):
-    needed = {"number", "short", "kind", "claim", "source", "change"}
+    needed = {"number", "short", "kind", "claim", "source", "change", "primary"}
     if missing := needed - claim.keys():
         return f"has no {', '.join(sorted(missing))}"
     if claim["kind"] not in KINDS:
         return f"is {claim['kind']!r}, which is none of {', '.join(KINDS)}"
-    if ("primary" in claim) == ("untested" in claim):
-        return "needs either a primary statement, or what keeps it untested"
-    rule = claim.get("primary", {"statement": ""})
+    rule = claim["primary"]
     sides = {side for side in SIDES if side in rule}
     algebra = claim["kind"] == "algebra"
     parts = {"statement"} if algebra else {"statement", "unit", *sides}
     whole = rule.keys() - {"published"} == parts and len(sides) == 1 - algebra
-    if "primary" in claim and not whole:
+    if not whole:
         return (
             "needs a primary with a statement and, if it is no algebra, a unit and one "
             f"of {', '.join(SIDES)}; this one has {', '.join(rule)}"
@@ -140,7 +137,7 @@ def judge(claims: list[dict], found: dict[str, list[dict]]) -> list[dict]:
                 )
     cards = [_card(c, [r for r in rows if r["claim"] == c["number"]]) for c in claims]
     for kind in KINDS[1:]:
-        tested = [card for card in cards if card["kind"] == kind and card["first"]]
+        tested = [card for card in cards if card["kind"] == kind]
         adjusted = holm([p_value(card["first"]) for card in tested])
         for card, p in zip(tested, adjusted, strict=True):
             row = card["first"]
@@ -151,26 +148,26 @@ def judge(claims: list[dict], found: dict[str, list[dict]]) -> list[dict]:
 
 
 def _card(claim, rows):
-    statements, rule = [row["statement"] for row in rows], claim.get("primary")
-    primary = [r for r in rows if rule and r["statement"] == rule["statement"]]
+    statements, rule = [row["statement"] for row in rows], claim["primary"]
+    primary = [r for r in rows if r["statement"] == rule["statement"]]
     first, wrong = primary[0] if primary else None, ""
     if twice := {s for s in statements if statements.count(s) > 1}:
         wrong = f"has these twice: {'; '.join(sorted(twice))}"
-    elif rule and first is None:
+    elif first is None:
         there = "; ".join(statements) or "none"
         wrong = f"has no finding {rule['statement']!r}; those of the chapters: {there}"
-    elif rule and first["role"] != "claim":
+    elif first["role"] != "claim":
         wrong = "has a primary statement that was entered as a control"
-    elif rule and (claim["kind"] == "algebra") != (first["side"] == "checked"):
+    elif (claim["kind"] == "algebra") != (first["side"] == "checked"):
         wrong = "is algebra if its primary is an identity, and only then"
-    elif rule and first.get("unit") != rule.get("unit"):
+    elif first.get("unit") != rule.get("unit"):
         wrong = f"is declared over {rule['unit']}, its interval is over {first['unit']}"
-    elif rule and "unit" in rule and rule.get(first["side"]) != first["bar"]:
+    elif "unit" in rule and rule.get(first["side"]) != first["bar"]:
         declared = [f"{side} {rule[side]}" for side in SIDES if side in rule]
         wrong = f"is declared {declared[0]}, and was asked {asked(first)}"
     if wrong:
         raise ValueError(f"claim {claim['number']} {wrong}")
-    verdict = "holds exactly" if first else "not testable here"
+    verdict = "holds exactly"  # of algebra; of the others see judge
     pages = dict.fromkeys(row["chapter"] for row in rows)
     more = {"found": rows, "first": first, "verdict": verdict, "pages": list(pages)}
     return claim | more
@@ -188,10 +185,8 @@ def picture(cards: list[dict], path: Path):
         ax = figure.subplots()
         for y, card in enumerate(cards):
             row, colour = card["first"], VERDICTS[card["verdict"]]
-            said = f"{card['verdict']}   {row['here'] if row else ''}"
+            said = f"{card['verdict']}   {row['here']}"
             ax.text(7, y, said, color=colour, fontsize=8.5, va="center")
-            if row is None:
-                continue
             if row["side"] == "checked":
                 ax.plot(0, y, "D", color=colour, ms=5)
                 continue
