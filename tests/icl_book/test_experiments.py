@@ -14,8 +14,8 @@ from icl_book.store import NOTEBOOK, ROOT, key_of, read_table
 from icl_book.sweep import read_grid
 
 GRIDS = sorted((ROOT / "experiments").glob("*.yaml"))
-#: Two are for other machines, two are not made yet.
-LEFT = ("paper_scale", "open_models", "encoder", "demonstrations")
+#: Two are for other machines, one is not made yet.
+LEFT = ("paper_scale", "open_models", "encoder")
 TABLES = [p for p in GRIDS if p.stem not in LEFT]
 
 
