@@ -103,9 +103,13 @@ def test_rows_of_a_model_or_a_note_that_there_are_none(tmp_path, monkeypatch, ca
         "mine,mr,3",
         "mine,cb,4",
         "b,mr,5",
+        "models/folder,mr,6",
+        "models/folder,cb,7",
     ]
     text = "\n".join(["model,task,x", *rows])
     (tmp_path / "results" / "t.csv").write_text(text)
+    (tmp_path / "models" / "folder").mkdir(parents=True)
+    assert page.rows_of("t", "models/folder").x.tolist() == [6, 7]
     for model in ("mine", "models/mine.gguf"):
         assert page.rows_of("t", model).x.tolist() == [3, 4]
     assert page.rows_of("t", "smollm2-135m").x.tolist() == [1, 2]
