@@ -264,7 +264,7 @@ def _optimizer(model, config):
         (others if spared else decayed).append(parameter)
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     options = {"betas": (0.9, 0.95), "weight_decay": config.weight_decay}
-    return torch.optim.AdamW(groups, config.learning_rate, **options)
+    return torch.optim.AdamW(groups, config.learning_rate, fused=True, **options)
 
 
 def _gradients(running, batch, config, accelerator):
