@@ -177,7 +177,7 @@ def step_of(**options):
     model.requires_grad_(True)
     if options:
         replace_attention(model, **options)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 
     def run(batch):
         model(**batch).loss.backward()
