@@ -49,10 +49,16 @@ def load_model(name=DEFAULT, device="auto", dtype=None, labels=None) -> tuple:
         model in evaluation mode, parameters without gradients, and tokenizer.
 
     Raises:
-        ValueError: no such model; weights that are pickled, incomplete or quantised
-            (other than GGUF); or a tokenizer of another model.
+        ValueError: no such model; the built-in encoder without ``labels``; weights
+            that are pickled, incomplete or quantised (other than GGUF); or a tokenizer
+            of another model.
         AssetError: the built-in model is neither cached nor within reach.
     """
+    if name == ENCODER and labels is None:
+        raise ValueError(
+            f"{ENCODER} is an encoder: give labels, the outputs of a new head; where a "
+            f"causal model is asked for, take another, such as {DEFAULT}"
+        )
     where = _device(device)
     dtype = dtype or _default_dtype(where)
     model, tokenizer = _read(name, dtype, labels)

@@ -24,14 +24,14 @@ def chapter(name, parameters):
         raise BookError(f"there is no chapter {name!r}; there are {there}")
     path = build.chapter_path(name)
     values = parse_parameters(path, parameters)
-    run, record = build.run_page(path, values, sys.stderr.isatty())
+    run, record = build.run_page(path, values, progress_bar=sys.stderr.isatty())
     print(f"{run.folder / NOTEBOOK}: {build.costs(record)}")
 
 
 def report(parameters):
     notebook = ROOT / "experiments" / "report.ipynb"
     values = parse_parameters(notebook, parameters)
-    print(build.write_report(values, sys.stderr.isatty()))
+    print(build.write_report(values, stdout_file=sys.stdout))
 
 
 def sweep(grid, to, dry, committed, **options):

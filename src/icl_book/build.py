@@ -62,10 +62,10 @@ def chapter_path(name: str) -> Path:
     return ROOT / "book" / f"{name}.ipynb"
 
 
-def run_page(path: Path, given: dict, progress=False):
+def run_page(path: Path, given: dict, **options):
     """``(run, record)`` of a page; failed runs with the same parameters are deleted."""
     (run,) = execute.plan(path, [given], ROOT / "_build" / "runs")
-    record = execute.run_once(run, progress=progress)
+    record = execute.run_once(run, **options)
     for folder in run.folder.parent.glob(f"{path.stem}-*"):
         status, old = read_run(folder)
         if status == "failed" and old["parameters"] == run.parameters:
@@ -79,14 +79,15 @@ def costs(record: dict) -> str:
     return f"{record['seconds']:.0f} s, {record['peak_gb']:.1f} GB{again}"
 
 
-def write_report(values: dict, progress=False) -> Path:
+def write_report(values: dict, **options) -> Path:
     """Run ``experiments/report.ipynb`` with these parameters; its page.
 
     The page, without code and whole in one file, and beside it the run's record lie in
-    ``_build/reports``, named after the model and the task.
+    ``_build/reports``, named after the model, the task and the run's fingerprint.
+    Options are those of :func:`icl_book.execute.run_once`.
     """
     source = ROOT / "experiments" / "report.ipynb"
-    run, record = run_page(source, values, progress)
+    run, record = run_page(source, values, **options)
     notebook = executed_page(source, run.folder / NOTEBOOK)
     title, *rest = notebook.cells
     rest.sort(key=lambda cell: "first" not in cell.metadata.get("tags", ()))
@@ -102,7 +103,8 @@ def write_report(values: dict, progress=False) -> Path:
     page = page.replace("</head>", f"<style>{REPORT_STYLE}</style></head>", 1)
     names = [Path(run.parameters[name]).name for name in ("model", "task")]
     names = [re.sub(r"\.(gguf|jsonl)$", "", name) for name in names]
-    path = ROOT / "_build" / "reports" / f"{'-'.join(names)}.html"
+    name = "-".join([*names, run.fingerprint[:6]])
+    path = ROOT / "_build" / "reports" / f"{name}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path.with_suffix(".json"), json.dumps(record, indent=1))
     write_atomically(path, page)

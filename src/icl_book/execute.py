@@ -340,8 +340,10 @@ def remove_scratch(run: Run):
         _remove(run)
 
 
-def run_once(run: Run, limit=3600, progress=False) -> dict:
+def run_once(run: Run, limit=3600, **options) -> dict:
     """Execute a run within ``limit`` seconds, or return its cached result.
+
+    Options are papermill's, such as ``progress_bar`` or ``stdout_file``.
 
     Returns:
         the record: ``rows``, ``facts`` and ``findings`` that the notebook has entered,
@@ -357,7 +359,7 @@ def run_once(run: Run, limit=3600, progress=False) -> dict:
         if status == "finished":
             return record | {"cached": True}
         with _scratch(run) as (scratch, sockets):
-            record = _execute(run, scratch, sockets, limit, progress)
+            record = _execute(run, scratch, sockets, limit, options)
             store.save_run(run.folder, scratch, record)
     if record["error"] is not None:
         raise BookError(
@@ -367,7 +369,7 @@ def run_once(run: Run, limit=3600, progress=False) -> dict:
     return record | {"cached": False}
 
 
-def _execute(run, scratch, sockets, limit, progress):
+def _execute(run, scratch, sockets, limit, options):
     started, cell, error = time.perf_counter(), {}, None
     rows, facts, findings = [], {}, []
     manager = kernel_manager(sockets, run.threads)
@@ -380,11 +382,11 @@ def _execute(run, scratch, sockets, limit, progress):
             kernel_name="python3",
             language="python",
             cwd=ROOT,
-            progress_bar=progress,
             kernel_manager_class=manager,
             timeout_func=lambda _: max(1, limit - time.perf_counter() + started),
             on_cell_start=lambda cell_index, **now: cell.update(now["cell"]),
             on_cell_executed=manager.watch,
+            **{"progress_bar": False} | options,
         )
         rows, facts, findings = entered(done.cells)
     except papermill.PapermillExecutionError as problem:

@@ -55,7 +55,8 @@ def report(root, rows, **options):
 def test_a_random_model_on_a_task_of_twenty_classes(root):
     rows = [{"text": f"t{n} x", "label": WORDS[n // 3]} for n in range(60)]
     path = report(root, rows, labels=", ".join(WORDS), queries=6)
-    assert path == root / "_build" / "reports" / "tiny-mine.html"
+    assert path.parent == root / "_build" / "reports"
+    assert re.fullmatch(r"tiny-mine-[0-9a-f]{6}\.html", path.name)
     page = BeautifulSoup(path.read_text("utf-8"), "html.parser")
     assert [h.get_text()[:8] for h in page.find_all("h2")][:2] == [
         "Verdicts",

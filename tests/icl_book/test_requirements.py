@@ -113,6 +113,7 @@ def test_a_wheel_has_the_science_without_the_book(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
+    assert not (tmp_path / "site" / "icl_book").exists()  # of use in a checkout
     refused = {"icl_book", "papermill", "distributed", "dask", "sphinx", "myst_nb"}
     refused |= {"IPython", "ipykernel", "nbformat", "matplotlib", "seaborn"}
     run = [sys.executable, "-c", ALONE.format(refused=refused)]
