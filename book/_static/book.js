@@ -17,8 +17,8 @@ addEventListener("DOMContentLoaded", () => {
   if (input.checked) set();
 });
 
-// What a link to an equation, a figure or a statement leads to, shown while the link is
-// pointed at or has the focus; Escape hides it. From disk, only what is on the page.
+// What a link to an equation, a figure, a statement, a term or a paper leads to, shown while
+// the link is pointed at or has the focus; Escape hides it. From disk, only what is on the page.
 addEventListener("DOMContentLoaded", () => {
   const kinds = "div.math, figure, div.proof, div.exercise";
   const preview = document.createElement("div");
@@ -34,6 +34,7 @@ addEventListener("DOMContentLoaded", () => {
   const pages = { [location.pathname]: document };
   const show = async ({ currentTarget: link }) => {
     pointed = link;
+    if (link.dataset.meaning) return place(link, link.dataset.meaning);
     const { pathname, href, hash } = link;
     try {
       pages[pathname] ??= new DOMParser().parseFromString(
@@ -49,18 +50,23 @@ addEventListener("DOMContentLoaded", () => {
     const elsewhere = pathname !== location.pathname;
     const copy = document.importNode(target, true);
     if (elsewhere && copy.querySelector(".math") && !window.MathJax) return;
-    clearTimeout(timer);
     for (const part of [copy, ...copy.querySelectorAll("[id]")]) part.removeAttribute("id");
-    preview.replaceChildren(copy);
+    place(link, copy);
+    if (elsewhere) window.MathJax?.typesetPromise([preview]);
+  };
+  const place = (link, content) => {
+    clearTimeout(timer);
+    preview.replaceChildren(content);
     preview.hidden = false;
     const { left, bottom } = link.getBoundingClientRect();
     const room = document.documentElement.clientWidth - preview.offsetWidth - 8;
     preview.style.left = `${Math.max(8, Math.min(left, room))}px`;
     preview.style.top = `${bottom + scrollY + 4}px`;
-    if (elsewhere) window.MathJax?.typesetPromise([preview]);
   };
   const links = [...document.querySelectorAll('article a.reference.internal[href*="#"]')];
-  for (const link of links.filter((own) => !own.title)) {
+  for (const link of links) {
+    if (link.title) link.dataset.meaning = link.title;
+    link.removeAttribute("title");
     for (const event of ["mouseenter", "focus"]) link.addEventListener(event, show);
     for (const event of ["mouseleave", "blur"]) link.addEventListener(event, leave);
   }
@@ -69,11 +75,27 @@ addEventListener("DOMContentLoaded", () => {
   addEventListener("keydown", ({ key }) => key === "Escape" && hide());
 });
 
+// A figure that is clicked fills the window; a click or Escape closes it.
+addEventListener("click", ({ target }) => {
+  if (!target.matches("article :is(.cell_output, figure) img")) return;
+  const dialog = document.createElement("dialog");
+  dialog.className = "enlarged";
+  const figure = document.createElement("figure");
+  figure.append(Object.assign(new Image(), { src: target.src, alt: target.alt }));
+  dialog.append(figure);
+  dialog.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("close", () => dialog.remove());
+  target.closest(".bd-content").append(dialog);
+  dialog.showModal();
+});
+
 // Formulas, code and tables are stops of the tab key where they are wider than their place.
 const boxes = "article :is(pre, mjx-container, .output, .pst-scrollable-table-container)";
 const reach = () => {
   for (const box of document.querySelectorAll(boxes)) {
-    if (box.scrollWidth > box.clientWidth && box.clientWidth) box.tabIndex = 0;
+    // not the hidden copy of a formula for screen readers, which is wider
+    const width = box.querySelector("mjx-math")?.offsetWidth ?? box.scrollWidth;
+    if (width > box.clientWidth && box.clientWidth) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
 };

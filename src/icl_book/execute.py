@@ -177,6 +177,12 @@ def named_files(parameters: dict) -> set[str]:
     return {parameters[name] for name in FILES & parameters.keys()} - {""}
 
 
+def named_tables(code: str) -> set[str]:
+    """The tables in ``results/`` that code reads; "" stands for a variable."""
+    reads = r"(?:read_table|rows_of)\((?:\s*[\"'](\w+)[\"'])?"
+    return {*re.findall(reads, code)}
+
+
 def inputs(notebook: Path, files=(), threads=None) -> dict[str, str]:
     """Hashes of all that a run depends on but its parameters, by what each is called.
 
@@ -187,8 +193,7 @@ def inputs(notebook: Path, files=(), threads=None) -> dict[str, str]:
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     packages = (ROOT / "src" / "icl", ROOT / "src" / "icl_book")
     source = [p for own in packages for p in own.rglob("*") if p.suffix != ".pyc"]
-    reads = r"(?:read_table|rows_of)\((?:\s*[\"'](\w+)[\"'])?"
-    named = re.findall(reads, "\n".join(code))
+    named = named_tables("\n".join(code))
     if "" in named:  # by a variable: any table
         named = [path.stem for path in table_path("x").parent.glob("*.csv")]
     tables = [table_path(n).with_suffix(s) for n in named for s in (".csv", ".json")]

@@ -6,6 +6,7 @@ import ast
 import html
 import json
 import re
+import shutil
 import textwrap
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from nbconvert import PythonExporter
 from sphinx import addnodes
 
 from icl_book.build import chapter_path, chapters
+from icl_book.execute import named_tables
+from icl_book.store import table_path
 
 
 def used_names(tree: ast.AST) -> set[str]:
@@ -167,8 +170,8 @@ if not importlib.util.find_spec("icl_book"):
 
 
 def _downloads(app, name, template, context, doctree):
-    """Offer a chapter as a notebook without outputs, and as a script; where the book
-    is published, the whole of it as a PDF."""
+    """Offer a chapter as a notebook without outputs, as a script, and its tables; where
+    the book is published, the whole of it as a PDF."""
     url = app.config.html_theme_options.get("repository_url")
     menus = {button.get("label"): button for button in context["header_buttons"]}
     if doctree is not None and url:
@@ -194,11 +197,17 @@ def _downloads(app, name, template, context, doctree):
         button["tooltip"] += ", at smoke scale: it has 2 GB of memory"
     menu = menus["download-buttons"]
     menu["buttons"][0]["text"] = ".ipynb, with outputs"
-    for suffix, kind in {".py": "script", ".ipynb": "notebook"}.items():
-        address = context["pathto"](f"notebooks/{chapter}{suffix}", 1)
-        button = {"type": "link", "url": address, "icon": "fas fa-code", "text": suffix}
+    files = {chapter + ".py": "script", chapter + ".ipynb": "notebook"}
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    for table in sorted(named_tables("\n".join(code)) - {""}):
+        files[f"{table}.csv"] = "table"
+        shutil.copy(table_path(table), to.parent)
+    for file, kind in files.items():
+        address = context["pathto"](f"notebooks/{file}", 1)
+        text = file.removeprefix(chapter)
+        button = {"type": "link", "url": address, "icon": "fas fa-code", "text": text}
         button |= {"tooltip": f"Download {kind}", "label": f"download-{kind}-button"}
-        menu["buttons"].insert(1, button)
+        menu["buttons"].insert(len(menu["buttons"]) if kind == "table" else 1, button)
 
 
 def _buttons(app, config):

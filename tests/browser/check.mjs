@@ -63,13 +63,13 @@ async function equations(page, fault) {
   if (typeset < marked) fault(`${marked} equations, ${typeset} typeset`);
   if (errors) fault(`${errors} equations with errors`);
   const stops = await page.$$eval("mjx-container[tabindex]", (all) =>
-    all.filter((formula) => formula.scrollWidth <= formula.clientWidth).length,
+    all.filter((formula) => formula.querySelector("mjx-math").offsetWidth <= formula.clientWidth).length,
   );
   if (stops) fault(`${stops} equations are stops of the tab key`);
 }
 
 async function figures(page, theme, fault) {
-  const images = await page.$$eval("article .cell_output img", (all) =>
+  const images = await page.$$eval("article :is(.cell_output, figure) img", (all) =>
     all
       .filter((image) => !image.hidden && image.checkVisibility())
       .map((image) => {

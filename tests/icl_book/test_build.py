@@ -258,6 +258,9 @@ def test_a_chapter_can_be_downloaded_executed_clean_and_as_a_script(html, pages)
         assert bool(page.select(BUTTONS)) == PUBLISHED, name
         assert clean == nbformat.read(chapter_path(name), as_version=4).cells, name
         ast.parse(found["script"])
+        for link in page.select(".btn-download-table-button"):
+            path = html / "book" / link["href"]
+            assert path.read_bytes() == (ROOT / "results" / path.name).read_bytes()
 
 
 def test_every_page_says_what_it_is_about(pages, html):
