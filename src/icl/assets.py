@@ -88,6 +88,7 @@ def fetch(name: str) -> Path:
     for path in folder.glob("*"):
         return _verified(path, asset)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    print(f"downloading {asset.holds}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         path = _download(asset, Path(scratch))
         folder.mkdir(exist_ok=True)

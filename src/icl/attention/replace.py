@@ -136,7 +136,8 @@ def replace_attention(
             :func:`icl.models.load_model` restores them with the learned parameters;
             ``from_pretrained`` fails unless :mod:`icl.attention` is imported.
         kind: a name in ``KINDS``, or ``"softmax"``, which restores softmax
-            attention and removes momentum from block to block.
+            attention and removes momentum from block to block. (The library's own
+            ``attn_implementation="icl_..."`` has no options, and is refused.)
         learned: let every head learn its rates, of a kind that has some. They are
             parameters of the attention modules (``rate_logits``, ``gate_weights``,
             ``convolution_weights``, ``strengths``), marked ``no_weight_decay``.
