@@ -89,6 +89,33 @@ addEventListener("click", ({ target }) => {
   dialog.showModal();
 });
 
+// The search shows the section of a page in which its words stand, and leads there.
+addEventListener("DOMContentLoaded", () => {
+  if (typeof Search === "undefined") return;
+  const excerpt = Search.makeSearchSummary;
+  Search.makeSearchSummary = (html, words, anchor) => {
+    const page = new DOMParser().parseFromString(html, "text/html");
+    page.querySelectorAll(".cell_input, .headerlink, .sd-badge").forEach((part) => part.remove());
+    const has = (section) => {
+      const text = section.textContent.toLowerCase();
+      return [...words].every((word) => text.includes(word));
+    };
+    const sections = [...page.querySelectorAll("section[id]")].filter(has);
+    const inner = sections.find((own) => !sections.some((s) => s !== own && own.contains(s)));
+    if (anchor || !inner) return excerpt(html, words, anchor);
+    const found = excerpt(page.documentElement.outerHTML, words, `#${CSS.escape(inner.id)}`);
+    const link = document.createElement("a");
+    link.textContent = inner.querySelector("h1, h2, h3, h4").textContent;
+    found?.prepend(link, ": ");
+    setTimeout(() => {
+      const to = new URL(found.closest("li").querySelector("a").href);
+      to.hash = inner.id;
+      link.href = to;
+    });
+    return found;
+  };
+});
+
 // Formulas, code and tables are stops of the tab key where they are wider than their place.
 const boxes = "article :is(pre, mjx-container, .output, .pst-scrollable-table-container)";
 const reach = () => {

@@ -142,7 +142,8 @@ def _excerpts(html, pages):
     texts = {}
     for path, text in pages.items():
         if article := re.search(r"<article.*?</article>", text, re.S):
-            left_out = r"</?span[^>]*>|<script.*?</script>|<img[^>]*>"
+            left_out = r"<span class=\"sd-.*?</span>|</?span[^>]*>"  # badges, colours
+            left_out += r"|<script.*?</script>|<img[^>]*>"
             text = re.sub(left_out, "", article[0])
             name = path.relative_to(html).as_posix()
             texts[name] = f'<div role="main">{text}</div>'

@@ -198,6 +198,8 @@ async function search(context, fault) {
   await page.goto(`${page.url()}?q=momentum+attention`);
   const found = page.locator("#search-results li p.context").first();
   await found.waitFor({ timeout: 20000 }).catch(() => fault("search shows no excerpt"));
+  const to = page.locator("#search-results li p.context a[href*='#']").first();
+  await to.waitFor({ timeout: 5000 }).catch(() => fault("search leads to no section"));
   await page.close();
 }
 
