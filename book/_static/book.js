@@ -120,9 +120,7 @@ addEventListener("DOMContentLoaded", () => {
 const boxes = "article :is(pre, mjx-container, .output, .pst-scrollable-table-container)";
 const reach = () => {
   for (const box of document.querySelectorAll(boxes)) {
-    // not the hidden copy of a formula for screen readers, which is wider
-    const width = box.querySelector("mjx-math")?.offsetWidth ?? box.scrollWidth;
-    if (width > box.clientWidth && box.clientWidth) box.tabIndex = 0;
+    if (box.scrollWidth > box.clientWidth && box.clientWidth) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
 };

@@ -186,7 +186,7 @@ def picture(cards: list[dict], path: Path):
         for y, card in enumerate(cards):
             row, colour = card["first"], VERDICTS[card["verdict"]]
             said = f"{card['verdict']}   {row['here']}"
-            ax.text(7, y, said, color=colour, fontsize=8.5, va="center")
+            ax.text(7, y, said, fontsize=8.5, va="center")
             if row["side"] == "checked":
                 ax.plot(0, y, "D", color=colour, ms=5)
                 continue
