@@ -106,7 +106,7 @@ addEventListener("DOMContentLoaded", () => {
     const found = excerpt(page.documentElement.outerHTML, words, `#${CSS.escape(inner.id)}`);
     const link = document.createElement("a");
     link.textContent = inner.querySelector("h1, h2, h3, h4").textContent;
-    found?.prepend(link, ": ");
+    found.prepend(link, ": ");
     setTimeout(() => {
       const to = new URL(found.closest("li").querySelector("a").href);
       to.hash = inner.id;
