@@ -38,7 +38,7 @@ ONE_OF = {
     "10_attention_outputs": "position",
     "11_attention_maps": "k",
     "12_what_survives": "learning_rate",
-    "13_layers_and_order": "task",
+    "13_layers_and_order": "seed",
     "14_momentum_attention": "eta",
     "16_contrast_pretrained": "beta",
 }
