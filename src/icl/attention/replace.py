@@ -51,7 +51,8 @@ class AttentionKind:
     def __post_init__(self):
         for each in fields(self):
             value, meaning = getattr(self, each.name), each.metadata["meaning"]
-            if not each.metadata["allowed"](value):
+            right = isinstance(value, int) or each.type is not int
+            if not (right and each.metadata["allowed"](value)):
                 raise ValueError(f"{each.name} = {value} is not allowed: {meaning}")
 
     @classmethod
