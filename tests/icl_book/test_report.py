@@ -15,7 +15,7 @@ from icl_book.build import write_report
 from icl_book.store import ROOT, BookError
 
 pytestmark = pytest.mark.slow
-WORDS = [f"w{n}" for n in range(20)]
+WORDS = [f"w{n}" for n in range(10)] + [f"好{n}" for n in range(10)]
 
 
 def byte_tokenizer():
@@ -103,6 +103,27 @@ def test_what_else_makes_none(rows, named, root):
     asked = given(root, rows)
     with pytest.raises(ValueError, match=named):
         run_here(asked)
+
+
+def test_equal_label_words_make_none(root):
+    rows = [{"text": f"t{n}", "label": n % 2} for n in range(8)]
+    with pytest.raises(ValueError, match="different label words"):
+        run_here(given(root, rows, labels="yes, yes"))
+
+
+def test_a_line_that_is_no_json_makes_none(root):
+    asked = given(root, [{"text": "a", "label": 0}] * 4)
+    with (root / "mine.jsonl").open("a") as file:
+        file.write("\ntext, yes")
+    with pytest.raises(ValueError, match="mine.jsonl, line 5"):
+        run_here(asked)
+
+
+def test_an_encoder_makes_none(root):
+    tiny_model("bert", vocab_size=257).save_pretrained(root / "tiny")
+    rows = [{"text": f"t{n}", "label": n % 2} for n in range(8)]
+    with pytest.raises(ValueError, match="is not causal"):
+        run_here(given(root, rows))
 
 
 def run_here(parameters):
